@@ -1,0 +1,1 @@
+"""Find inputs and sites, name outputs, write them atomically."""

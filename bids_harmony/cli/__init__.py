@@ -1,0 +1,1 @@
+"""Command line: argv -> Config -> run one analysis level; exit codes."""

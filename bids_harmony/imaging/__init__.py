@@ -1,0 +1,1 @@
+"""Pure array work: intensity scales, geometry, masks, the change carried home."""

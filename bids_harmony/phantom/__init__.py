@@ -1,0 +1,1 @@
+"""Digital brain phantom: simulated multi-site travelling-subject BIDS data sets."""

@@ -1,0 +1,1 @@
+"""Nipype graphs: which node follows which; no arithmetic."""
