@@ -1,0 +1,109 @@
+"""Frozen settings of one run, and their TOML form."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bids_harmony.errors import MissingInputError, UsageError
+
+DEFAULT_SEED = 20200220
+DEFAULT_DESC = "harmonized"
+DEFAULT_TEMPLATE = "MNI152NLin2009aSym"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run was asked to do; field names equal the long options."""
+
+    bids_dir: Path
+    out_dir: Path
+    analysis_level: str
+    work_dir: Path
+    participant_label: tuple[str, ...] = ()
+    session_label: tuple[str, ...] = ()
+    modality: tuple[str, ...] = ()
+    bids_filter_file: Path | None = None
+    bids_database_dir: Path | None = None
+    skip_bids_validation: bool = False
+    derivatives: tuple[str, ...] = ()
+    method: str | None = None
+    model: str | None = None
+    name: str | None = None
+    reference: str | None = None
+    site_from: str | None = None
+    desc: str = DEFAULT_DESC
+    skull_strip: str = "auto"
+    output_spaces: tuple[str, ...] = ("native",)
+    ignore: tuple[str, ...] = ()
+    level: str = "full"
+    sloppy: bool = False
+    random_seed: int = DEFAULT_SEED
+    device: str = "auto"
+    nprocs: int | None = None
+    omp_nthreads: int | None = None
+    mem: str | None = None
+    use_plugin: Path | None = None
+    clean_workdir: bool = True
+    stop_on_first_crash: bool = False
+    resource_monitor: bool = False
+    write_graph: bool = False
+    dry_run: bool = False
+    reports_only: bool = False
+    boilerplate_only: bool = False
+    debug: bool = False
+    verbose: int = 0
+
+    def to_toml(self) -> str:
+        """TOML text with one table, ``[bids_harmony]``; unset options are left out."""
+        import tomli_w
+
+        table = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return tomli_w.dumps({"bids_harmony": {k: v for k, v in table.items() if v is not None}})
+
+    def update(self, values: Mapping[str, Any]) -> Config:
+        """Copy with `values` put in."""
+        return replace(self, **values)
+
+
+PATH_FIELDS = frozenset(
+    {"bids_dir", "out_dir", "work_dir", "bids_filter_file", "bids_database_dir", "use_plugin"}
+)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Settings in a TOML file that `Config.to_toml` (or a user) wrote.
+
+    Raises
+    ------
+    MissingInputError
+        If the file does not exist.
+    UsageError
+        If it is no TOML or names an unknown setting.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise MissingInputError(f"--config-file {path} does not exist") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"--config-file {path} cannot be read as TOML: {error}") from error
+    values = table.get("bids_harmony", table)
+    known = {f.name for f in fields(Config)}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"--config-file {path}: unknown setting(s) {', '.join(unknown)}")
+    return {key: _typed(key, value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(key: str, value: Any) -> Any:
+    if key in PATH_FIELDS:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

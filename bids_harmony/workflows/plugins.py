@@ -1,0 +1,151 @@
+"""Local Nipype plugins that collect failures by node and never hang on a lost worker."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from traceback import format_exception
+from typing import Any
+
+from nipype.pipeline.plugins.linear import LinearPlugin
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
+
+from bids_harmony.errors import ExitCode
+from bids_harmony.resources import thread_environment
+
+_HARMONY_ERROR = re.compile(r"^bids_harmony\.errors\.(\w+): (.+)$", re.MULTILINE)
+_ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\w*)(?:: (.*))?$", re.M)
+_EXIT_CODES = {
+    "ScanError": ExitCode.DATA,
+    "OutputError": ExitCode.CANNOT_CREATE,
+    "MissingInputError": ExitCode.NO_INPUT,
+    "UsageError": ExitCode.USAGE,
+}
+_LOST_WORKER = (
+    "the worker process was killed, probably out of memory: lower --nprocs, raise --mem, "
+    "or run fewer scans at once"
+)
+
+
+@dataclass(frozen=True)
+class NodeFailure:
+    """One node that failed.
+
+    Attributes
+    ----------
+    node
+        Full name, e.g. ``bids_harmony_wf.sub_01_T1w_wf.n4``.
+    message
+        One line for the user.
+    exit_code
+        What the process should leave with when this is the only failure.
+    traceback
+        The whole text.
+    """
+
+    node: str
+    message: str
+    exit_code: ExitCode
+    traceback: str
+
+
+def describe_failure(node: str, traceback: str) -> NodeFailure:
+    """Find the one line that tells the user what happened."""
+    if _LOST_WORKER in traceback:
+        return NodeFailure(node, _LOST_WORKER, ExitCode.FAILURE, traceback)
+    if known := _HARMONY_ERROR.findall(traceback):
+        kind, message = known[-1]
+        return NodeFailure(node, message, _EXIT_CODES.get(kind, ExitCode.FAILURE), traceback)
+    if "No space left on device" in traceback:
+        message = "no space left on the disk of the work folder or OUT_DIR; free some, or use -w"
+        return NodeFailure(node, message, ExitCode.CANNOT_CREATE, traceback)
+    found = _ANY_ERROR.findall(traceback)
+    name, text = found[-1] if found else ("unknown error", traceback.strip()[-200:])
+    return NodeFailure(node, f"{name}: {text}", ExitCode.FAILURE, traceback)
+
+
+class HarmonyLinear(LinearPlugin):
+    """One node after the other in this process, for a single scan; failures are collected."""
+
+    def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self.failures: list[NodeFailure] = []
+        inner = self._status_callback
+
+        def collect(node: Any, status: str) -> None:
+            if status == "exception":
+                text = "".join(format_exception(*sys.exc_info()))
+                self.failures.append(describe_failure(node.fullname, text))
+            if inner:
+                inner(node, status)
+
+        self._status_callback = collect
+
+
+def _prepare_worker(cwd: str, environment: dict[str, str]) -> None:
+    """Bound threads and seed before any library is loaded in the worker."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+
+
+class HarmonyMultiProc(MultiProcPlugin):
+    """MultiProc that ends within seconds when a worker dies, naming the nodes that were lost.
+
+    Nipype's own plugin reads the result inside the future's callback; when the worker was killed
+    this raises, nothing is recorded, and the run waits for ever. Here every future ends in a
+    result.
+    """
+
+    def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
+        super().__init__(plugin_args=plugin_args)
+        self.failures: list[NodeFailure] = []
+        self.pool.shutdown()
+        args = self.plugin_args
+        self.pool = ProcessPoolExecutor(
+            max_workers=self.processors,
+            mp_context=multiprocessing.get_context("forkserver"),
+            initializer=_prepare_worker,
+            initargs=(
+                self._cwd,
+                thread_environment(args.get("threads", 1), args.get("random_seed", 0)),
+            ),
+        )
+
+    def _submit_job(self, node: Any, updatehash: bool = False) -> int:
+        self._taskid += 1
+        taskid = self._taskid
+        try:
+            future = self.pool.submit(run_node, node, updatehash, taskid)
+        except BrokenProcessPool:
+            # the pool died with an earlier node: this one was never started
+            self._task_obj[taskid] = None
+            self._taskresult[taskid] = self._lost(taskid, "not started: ")
+            return taskid
+        self._task_obj[taskid] = future
+        future.add_done_callback(partial(self._record, taskid))
+        return taskid
+
+    def _record(self, taskid: int, future: Future[Any]) -> None:
+        error = future.exception()
+        if error is None:
+            self._taskresult[taskid] = future.result()
+        elif isinstance(error, BrokenProcessPool):
+            self._taskresult[taskid] = self._lost(taskid)
+        else:
+            lines = format_exception(type(error), error, error.__traceback__)
+            self._taskresult[taskid] = {"result": None, "traceback": lines, "taskid": taskid}
+
+    @staticmethod
+    def _lost(taskid: int, prefix: str = "") -> dict[str, Any]:
+        return {"result": None, "traceback": [f"{prefix}{_LOST_WORKER}\n"], "taskid": taskid}
+
+    def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
+        text = "".join((result or {}).get("traceback") or [])
+        self.failures.append(describe_failure(node.fullname, text))
+        return str(super()._report_crash(node, result=result))
