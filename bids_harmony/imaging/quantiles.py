@@ -72,7 +72,7 @@ def mid_quantiles(values: Float64Array, probability: Float64Array) -> Float64Arr
 
 
 def tail_dense_probabilities(count: int) -> Float64Array:
-    """`count` probabilities from 0 to 1, ``sin^2``-spaced so that both tails are finely sampled."""
+    """`count` probabilities from 0 to 1, ``sin^2``-spaced: both tails are finely sampled."""
     return np.sin(0.5 * np.pi * np.linspace(0.0, 1.0, count)) ** 2
 
 

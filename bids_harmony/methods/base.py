@@ -1,8 +1,8 @@
 """The contract behind which every harmonization method stands.
 
-A method knows arrays only: no BIDS, no Nipype, no files besides its bundle. It is fitted on volumes of the reference
-domain (`Method.fit`), gives its state as plain arrays (`arrays`, `params`), is rebuilt from them (`from_state`), and
-harmonizes one volume at a time (`harmonize`).
+A method knows arrays only: no BIDS, no Nipype, no files besides its bundle. It is fitted on volumes
+of the reference domain (`Method.fit`), gives its state as plain arrays (`arrays`, `params`), is
+rebuilt from them (`from_state`), and harmonizes one volume at a time (`harmonize`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NATIVE_GRID = "native"
 
 @dataclass(frozen=True)
 class Contract:
-    """What a method wants to be given; the workflow is built from it, never from the method's name.
+    """What a method wants to be given; the workflow is built from it, not from the name.
 
     Attributes
     ----------
@@ -53,7 +53,8 @@ class Volume:
     Attributes
     ----------
     data
-        Shape (X, Y, Z), float32, on the contract's intensity scale (brain roughly 0..1, values above 1 possible).
+        Shape (X, Y, Z), float32, on the contract's intensity scale (brain roughly 0..1, values
+        above 1 possible).
     mask
         Brain mask, shape (X, Y, Z).
     modality
@@ -81,9 +82,11 @@ class Harmonized:
     Attributes
     ----------
     data
-        Shape (X, Y, Z), float32, same scale as the reference domain's scaled volumes, >= 0, zero outside the mask.
+        Shape (X, Y, Z), float32, same scale as the reference domain's scaled volumes, >= 0,
+        zero outside the mask.
     details
-        JSON-serialisable facts for the sidecar (landmarks found, peak position, bpd, steps, stop reason, ...).
+        JSON-serialisable facts for the sidecar (landmarks found, peak position, bpd, steps,
+        stop reason, ...).
     warnings
         Sentences for the report.
     """
@@ -112,7 +115,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def fit(cls, volumes: Sequence[Volume], *, seed: int) -> Method:
-        """Learn the reference domain from its volumes (any mixture of modalities, at least one volume).
+        """Learn the reference domain from its volumes (at least one, modalities may be mixed).
 
         Raises
         ------
