@@ -119,7 +119,9 @@ def choose_slices(mask: BoolArray, axis: int, count: int, *, rim: float = 0.1) -
     return [int(i) for i in np.unique(np.rint(wanted).astype(int))]
 
 
-def take_slice(volume: NDArray[Any], plane: Plane, index: int, box: Box | None = None) -> NDArray[Any]:
+def take_slice(
+    volume: NDArray[Any], plane: Plane, index: int, box: Box | None = None
+) -> NDArray[Any]:
     """One slice as an image: row 0 is anterior (axial) or superior, columns run left to right or back to front."""
     cut: list[Any] = list(box or (slice(None), slice(None), slice(None)))
     cut[NORMAL[plane]] = index
