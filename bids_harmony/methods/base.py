@@ -1,8 +1,8 @@
 """The contract behind which every harmonization method stands.
 
-A method knows arrays only: no BIDS, no Nipype, no files besides its bundle. It is fitted on volumes
-of the reference domain (`Method.fit`), gives its state as plain arrays (`arrays`, `params`), is
-rebuilt from them (`from_state`), and harmonizes one volume at a time (`harmonize`).
+A method knows arrays only: no BIDS, no Nipype, no files besides its bundle. It is fitted on
+volumes of the reference domain (`Method.fit`), gives its state as plain arrays (`arrays`,
+`params`), is rebuilt from them (`from_state`), and harmonizes one volume at a time (`harmonize`).
 """
 
 from __future__ import annotations
