@@ -14,9 +14,7 @@ from bids_harmony.errors import DatasetError, UsageError
 DATABASE_FILE = "layout_index.sqlite"
 
 
-def files_in_database(
-    bids_dir: Path, database: Path
-) -> dict[str, list[tuple[str | None, Path]]]:
+def files_in_database(bids_dir: Path, database: Path) -> dict[str, list[tuple[str | None, Path]]]:
     """Anatomical images of every participant, with their sessions, as the database lists them.
 
     The database is built with metadata, so that other BIDS Apps may use it too.
@@ -31,7 +29,9 @@ def files_in_database(
         If the database cannot be written.
     """
     if database.absolute().is_relative_to(bids_dir):
-        raise UsageError(f"the database {database} would be inside the data set; choose another folder")
+        raise UsageError(
+            f"the database {database} would be inside the data set; choose another folder"
+        )
     if not (database / DATABASE_FILE).exists():
         _build(bids_dir, database)
     from bids.layout import BIDSLayout

@@ -47,8 +47,7 @@ def grammar() -> Grammar:
     allowed = schema.rules.files.raw.anat.nonparametric.entities
     formats = schema.objects.formats
     patterns = {
-        entities[name].name: re.compile(formats[entities[name].format].pattern)
-        for name in allowed
+        entities[name].name: re.compile(formats[entities[name].format].pattern) for name in allowed
     }
     return Grammar(
         patterns=patterns,

@@ -46,7 +46,9 @@ def check_filters(filters: Any, *, source: str = "the BIDS filter") -> None:
     UsageError
         Naming the query or the entity that is not known.
     """
-    if not isinstance(filters, Mapping) or not all(isinstance(f, Mapping) for f in filters.values()):
+    if not isinstance(filters, Mapping) or not all(
+        isinstance(f, Mapping) for f in filters.values()
+    ):
         raise UsageError(f'{source} must look like {{"T1w": {{"acquisition": "mprage"}}}}')
     known = {name.lower() for name in MODALITIES} | _FOREIGN
     for query, wanted in filters.items():

@@ -180,9 +180,7 @@ def _subjects(root: Path, participants: list[str] | None) -> list[str]:
 def _available(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return sorted(
-                e.name[4:] for e in entries if e.name.startswith("sub-") and e.is_dir()
-            )
+            return sorted(e.name[4:] for e in entries if e.name.startswith("sub-") and e.is_dir())
     except OSError as error:
         raise MissingInputError(f"cannot list {root}: {error.strerror}") from error
 

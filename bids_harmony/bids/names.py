@@ -83,7 +83,9 @@ def derivative_path(
     if from_ is not None:
         added["mode"] = "image"
     if suffix == scan.suffix and not {"space", "desc"} & added.keys():
-        raise ValueError(f"{scan.stem}: a derivative needs space- or desc-, or it looks like raw data")
+        raise ValueError(
+            f"{scan.stem}: a derivative needs space- or desc-, or it looks like raw data"
+        )
     entities = {**scan.entities, **added}
     pairs = sorted(entities.items(), key=lambda item: _position(item[0]))
     name = "_".join([*(f"{k}-{v}" for k, v in pairs), suffix]) + extension

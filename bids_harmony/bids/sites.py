@@ -67,7 +67,9 @@ class SiteFinder:
                 raise MissingInputError(f"--site-from: the table {option} does not exist")
             columns = self._open(self._table, "participant_id").columns
             if "participant_id" not in columns or _pick(columns, SITE_COLUMNS) is None:
-                raise UsageError(f"--site-from: {option} needs the columns participant_id and site")
+                raise UsageError(
+                    f"--site-from: {option} needs the columns participant_id and site"
+                )
         elif option:
             self._column = option
         else:
@@ -189,7 +191,9 @@ class Table:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
             if path.is_symlink():
-                raise DatasetError(f"{path}: content not present: run `datalad get {path}`") from None
+                raise DatasetError(
+                    f"{path}: content not present: run `datalad get {path}`"
+                ) from None
             return cls((), {})
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{path} cannot be read ({error}); repair the table") from error

@@ -135,7 +135,9 @@ def write_tsv(
     columns
         Column order; by default the order in which the keys first appear.
     """
-    names = list(columns) if columns is not None else list(dict.fromkeys(k for r in rows for k in r))
+    names = (
+        list(columns) if columns is not None else list(dict.fromkeys(k for r in rows for k in r))
+    )
     lines = ["\t".join(names)]
     lines += ["\t".join(_cell(row.get(name)) for name in names) for row in rows]
     return atomic_write_text(path, "\n".join(lines) + "\n")
@@ -230,5 +232,3 @@ def _xform_code(header: nib.Nifti1Header | None) -> int:
     if header is None:
         return 1
     return int(header["sform_code"]) or int(header["qform_code"]) or 1
-
-

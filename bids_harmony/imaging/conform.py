@@ -166,7 +166,9 @@ def _check_grid(shape: tuple[int, int, int], affine: NDArray[Any]) -> list[str]:
     field = sizes * shape
     told = f"voxels of {_times(sizes)} mm, field of view {_times(field)} mm"
     if sizes.max() > MAX_VOXEL or sizes.min() < MIN_VOXEL:
-        raise ScanError(f"{told}: voxels must be {MIN_VOXEL:g} to {MAX_VOXEL:g} mm; check the units")
+        raise ScanError(
+            f"{told}: voxels must be {MIN_VOXEL:g} to {MAX_VOXEL:g} mm; check the units"
+        )
     if field.max() > MAX_FIELD or field.min() < MIN_FIELD:
         raise ScanError(
             f"{told}: the field of view must be {MIN_FIELD:g} to {MAX_FIELD:g} mm along every axis"

@@ -145,7 +145,9 @@ def _nifti_affine(
         odd = ["the sform is singular or not finite: the qform is used"] if s_code else []
         return qform, odd
     if s_code or q_code:
-        raise ScanError("neither sform nor qform is usable (singular or not finite); repair the header")
+        raise ScanError(
+            "neither sform nor qform is usable (singular or not finite); repair the header"
+        )
     base = np.asarray(header.get_base_affine(), float)
     if not is_valid(base):
         raise ScanError("the header has no orientation and no voxel size; repair the header")
