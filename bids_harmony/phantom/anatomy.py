@@ -1,0 +1,254 @@
+"""The head of one simulated subject: fractions of tissue in every voxel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from bids_harmony.phantom.head import head_fractions
+from bids_harmony.phantom.person import Person, stream
+from bids_harmony.phantom.signal import TISSUES
+from bids_harmony.phantom.template import BOX_START, COARSE, Template, load_template
+from bids_harmony.phantom.warp import exponential, smooth_noise, upsample
+
+FloatArray = NDArray[np.floating]
+
+#: Spacing of the velocity field, mm.
+LATTICE = 4.0
+#: Corner and size of a subject's box, mm: head-centred coordinates, right, front, up.
+START = np.array([-96.0, -128.0, -112.0])
+SIZE = np.array([192.0, 240.0, 212.0])
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One subject's head.
+
+    Attributes
+    ----------
+    fractions
+        Share of each class of ``TISSUES`` per voxel, 0 to 1, shape (8, X, Y, Z).
+    brain
+        Share of the voxel inside the brain mask (tissue, ventricles, sulci), shape (X, Y, Z).
+    spacing
+        Voxel size, mm.
+    start
+        Position of voxel (0, 0, 0), mm.
+    displacement
+        Non-linear part of the map from this head to the template, mm, at ``LATTICE`` mm.
+    """
+
+    fractions: FloatArray
+    brain: FloatArray
+    spacing: float
+    start: FloatArray
+    displacement: FloatArray
+
+
+def ramp(distance: FloatArray, width: float) -> FloatArray:
+    """Share of a voxel on the positive side of a surface at a signed distance (mm)."""
+    return np.clip(distance / width + 0.5, 0, 1).astype(np.float32)
+
+
+def _shape(spacing: float) -> tuple[int, int, int]:
+    x, y, z = (int(size / spacing) + 1 for size in SIZE)
+    return x, y, z
+
+
+def _affine_scale(person: Person, template: Template) -> FloatArray:
+    """Template mm per subject mm along each axis."""
+    rng = stream(person.seed, person.index, "size")
+    aspect = np.clip(rng.normal(0, 0.022, 3), -0.045, 0.045)
+    aspect -= aspect.mean()
+    return (template.volume / person.icv) ** (1 / 3) * np.exp(aspect)
+
+
+def _linear(scale: FloatArray, spacing: float) -> FloatArray:
+    """Template position of every voxel before the non-linear warp, shape (3, X, Y, Z)."""
+    axes = [
+        s * (a + spacing * np.arange(n))
+        for s, a, n in zip(scale, START, _shape(spacing), strict=True)
+    ]
+    return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
+
+
+def _on_template(values: FloatArray, position: FloatArray) -> FloatArray:
+    """Value of a coarse template map at template positions (mm)."""
+    index = (position - BOX_START[:, None, None, None].astype(np.float32)) / COARSE
+    return ndimage.map_coordinates(values, index, order=1, mode="nearest")
+
+
+def _random_velocity(person: Person) -> FloatArray:
+    """Random smooth deformation: large shape differences and smaller local ones."""
+    rng = stream(person.seed, person.index, "warp")
+    shape = _shape(LATTICE)
+    layers = ((7.0, 3.4), (3.0, 1.8), (1.6, 0.9))
+    return np.stack([sum(mm * smooth_noise(shape, s, rng) for s, mm in layers) for _ in range(3)])
+
+
+def _ventricle_velocity(template: Template, position: FloatArray) -> FloatArray:
+    """Unit flow away from the ventricles that fades within two centimetres."""
+    smooth = ndimage.gaussian_filter(template.ventricles, 1.0)
+    outward = np.stack([-_on_template(g, position) for g in np.gradient(smooth, COARSE)])
+    distance = _on_template(template.ventricles, position)
+    return outward * np.exp(-((distance / 16.0) ** 2))
+
+
+def _ventricle_volume(template: Template, scale: FloatArray, displacement: FloatArray) -> float:
+    """Volume of the deformed ventricles, mL, on the coarse grid."""
+    factor = LATTICE / COARSE
+    shape = _shape(COARSE)
+    position = _linear(scale, COARSE)
+    position += np.stack([upsample(d, factor, shape) for d in displacement])
+    inside = ramp(_on_template(template.ventricles, position), COARSE)
+    return float(inside.sum()) * COARSE**3 / 1000
+
+
+def deform(person: Person, template: Template) -> tuple[FloatArray, FloatArray]:
+    """Map from the subject's head to the template.
+
+    Parameters
+    ----------
+    person
+        Whose head.
+    template
+        Average anatomy.
+
+    Returns
+    -------
+    Template mm per subject mm along each axis, and the displacement to add after scaling, mm,
+    shape (3, X, Y, Z) at ``LATTICE`` mm. The flow away from the ventricles is sized, by secant
+    steps, so that they get the subject's volume.
+    """
+    scale = _affine_scale(person, template)
+    random = _random_velocity(person)
+    flow = _ventricle_velocity(template, _linear(scale, LATTICE))
+    target = person.ventricles * person.icv
+    amounts, volumes = [0.0, 2.0], []
+    for _ in range(5):
+        displacement = exponential(random - amounts[len(volumes)] * flow, LATTICE)
+        volumes.append(_ventricle_volume(template, scale, displacement))
+        if len(volumes) < len(amounts):
+            continue
+        slope = (volumes[-1] - volumes[-2]) / (amounts[-1] - amounts[-2])
+        if abs(volumes[-1] - target) < 0.02 * target or slope <= 0:
+            break
+        amounts.append(float(np.clip(amounts[-1] + (target - volumes[-1]) / slope, -5, 12)))
+    return scale, displacement
+
+
+def solve(volume: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Threshold at which a volume that falls with the threshold meets its target (bisection)."""
+    for _ in range(14):
+        middle = (low + high) / 2
+        if volume(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _brain_maps(
+    person: Person, template: Template, position: FloatArray, spacing: float
+) -> tuple[FloatArray, FloatArray]:
+    """Tissue and white-matter levels in the subject's space, made individual by noise."""
+    index = position - template.origin[:, None, None, None].astype(np.float32)
+    tissue = ndimage.map_coordinates(template.tissue, index, order=1)
+    share = ndimage.map_coordinates(template.share, index, order=1, mode="nearest")
+    rng = stream(person.seed, person.index, "folds")
+    shape, factor = _shape(LATTICE), LATTICE / spacing
+    noise = [
+        upsample(smooth_noise(shape, sigma, rng), factor, tissue.shape, order=1)
+        for sigma in (0.6, 0.6)
+    ]
+    # The deep nuclei and the brain stem are a mixture: noise and sharpening leave them alone.
+    return tissue + 0.07 * noise[0], share + 0.09 * noise[1]
+
+
+def _fractions_in_brain(
+    person: Person, brain: FloatArray, tissue: FloatArray, share: FloatArray, spacing: float
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """CSF, grey and white matter with the subject's volumes (all CSF inside the brain mask)."""
+    sub = (slice(None, None, max(1, round(2 / spacing))),) * 3
+    few, few_t, few_s = brain[sub], tissue[sub], share[sub]
+    inside = few > 0
+    few, few_t, few_s = few[inside], few_t[inside], few_s[inside]
+    total = float(few.sum())
+
+    def parenchyma(level: FloatArray, threshold: float) -> FloatArray:
+        return ramp(level - threshold, 0.34)
+
+    def white(level: FloatArray, threshold: float) -> FloatArray:
+        return ramp(level - threshold, 0.42)
+
+    cut = solve(
+        lambda t: float((few * parenchyma(few_t, t)).sum()), (1 - person.csf) * total, 0.0, 1.1
+    )
+    few_p = few * parenchyma(few_t, cut)
+    edge = solve(lambda t: float((few_p * white(few_s, t)).sum()), person.wm * total, 0.0, 1.0)
+    solid = brain * parenchyma(tissue, cut)
+    wm = solid * white(share, edge)
+    return brain - solid, solid - wm, wm
+
+
+def _lesion_fraction(
+    person: Person, wm: FloatArray, ventricles: FloatArray, spacing: float
+) -> FloatArray:
+    """Hyperintensities in the white matter: caps around the ventricles and scattered spots."""
+    rng = stream(person.seed, person.index, "lesions")
+    spots = smooth_noise(_shape(LATTICE), 0.9, rng)
+    level = upsample(spots, LATTICE / spacing, wm.shape)
+    level = level + 3.0 * np.exp(np.minimum(ventricles, 0) / 6.0)
+    eligible = np.clip((wm - 0.7) / 0.3, 0, 1)
+
+    def volume(threshold: float) -> float:
+        return float((eligible * ramp(level - threshold, 0.5)).sum()) * spacing**3 / 1000
+
+    threshold = solve(volume, person.lesions, -4.0, 9.0)
+    return eligible * ramp(level - threshold, 0.5)
+
+
+def build_anatomy(person: Person, spacing: float = 1.0) -> Anatomy:
+    """Build one subject's head.
+
+    Parameters
+    ----------
+    person
+        Age, volumes and seed.
+    spacing
+        Voxel size, mm: 1 or 2 (``LATTICE`` must be a multiple of it).
+
+    Returns
+    -------
+    The anatomy; voxel-identical for the same person and spacing.
+    """
+    template = load_template()
+    scale, displacement = deform(person, template)
+    coarse_shape, shape = _shape(COARSE), _shape(spacing)
+    coarse = _linear(scale, COARSE)
+    coarse += np.stack([upsample(d, LATTICE / COARSE, coarse_shape) for d in displacement])
+    mm = 1 / float(scale.mean())
+
+    def surface(values: FloatArray) -> FloatArray:
+        return upsample(_on_template(values, coarse) * mm, COARSE / spacing, shape)
+
+    brain_distance = surface(template.brain)
+    brain = ramp(brain_distance, max(spacing, 1.0))
+    position = np.stack([upsample(c, COARSE / spacing, shape) for c in coarse])
+    tissue, share = _brain_maps(person, template, position, spacing)
+    del position
+    csf, gm, wm = _fractions_in_brain(person, brain, tissue, share, spacing)
+    fractions = np.zeros((len(TISSUES), *shape), dtype=np.float32)
+    surfaces = {name: surface(getattr(template, name)) for name in ("skin", "air", "orbit", "eye")}
+    head_fractions(fractions, brain_distance, surfaces, person, spacing)
+    if person.lesions > 0:
+        lesion = _lesion_fraction(person, wm, surface(template.ventricles), spacing)
+        fractions[TISSUES.index("lesion")] = lesion
+        wm = wm - lesion
+    for name, part in (("CSF", csf), ("GM", gm), ("WM", wm)):
+        fractions[TISSUES.index(name)] += part
+    return Anatomy(fractions, brain, spacing, START, displacement)

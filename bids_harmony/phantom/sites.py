@@ -1,0 +1,189 @@
+"""Simulated sites: one scanner and its protocols each, with an invented vendor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bids_harmony.errors import UsageError
+from bids_harmony.phantom.signal import Tissue, mprage, spgr, tse
+
+REFERENCE = "mprage3"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One sequence as a site runs it.
+
+    Attributes
+    ----------
+    sequence
+        ``mprage``, ``spgr``, ``tse`` or ``tirtse``.
+    tr, te, ti
+        Repetition, echo and inversion time, seconds.
+    flip
+        Flip angle, degrees.
+    voxel
+        Voxel size along the three array axes, mm.
+    codes
+        Orientation of the three array axes, e.g. ``PIR`` for sagittal slices.
+    snr
+        White-matter signal over the standard deviation of the noise in one channel.
+    blur
+        Full width at half maximum of the smoothing by the reconstruction, mm, along each axis.
+    """
+
+    sequence: str
+    tr: float
+    te: float
+    flip: float
+    voxel: tuple[float, float, float]
+    codes: str
+    snr: float
+    ti: float | None = None
+    blur: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    echo_spacing: float = 0.0
+    n_readouts: int = 0
+    train: float = 0.0
+
+    def signal(self, tissue: Tissue, b1: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Signed signal of a tissue where the transmit field is ``b1`` times the nominal one."""
+        flip = np.deg2rad(self.flip) * np.asarray(b1, dtype=float)
+        if self.sequence == "spgr":
+            return spgr(tissue, tr=self.tr, te=self.te, flip=flip)
+        if self.sequence == "mprage":
+            return mprage(
+                tissue,
+                tr=self.tr,
+                te=self.te,
+                ti=self.ti or 0.0,
+                flip=flip,
+                echo_spacing=self.echo_spacing,
+                n_readouts=self.n_readouts,
+            )
+        return tse(tissue, tr=self.tr, te=self.te, train=self.train, b1=b1, ti=self.ti)
+
+    def metadata(self) -> dict[str, Any]:
+        """Sidecar fields of the sequence (BIDS names and units)."""
+        variants = {"mprage": ["MP", "SP"], "spgr": ["SP"], "tse": ["SK"], "tirtse": ["SK"]}
+        scanning = {"mprage": ["GR", "IR"], "spgr": ["GR"], "tse": ["SE"], "tirtse": ["SE", "IR"]}
+        fields: dict[str, Any] = {
+            "MRAcquisitionType": "3D" if max(self.voxel) < 2 else "2D",
+            "ScanningSequence": scanning[self.sequence],
+            "SequenceVariant": variants[self.sequence],
+            "PulseSequenceType": self.sequence.upper(),
+            "RepetitionTime": self.tr,
+            "EchoTime": self.te,
+            "FlipAngle": self.flip,
+        }
+        if self.ti is not None:
+            fields["InversionTime"] = self.ti
+        return fields
+
+
+@dataclass(frozen=True)
+class Site:
+    """A scanner: field strength, imperfections, and its protocol for each modality.
+
+    Attributes
+    ----------
+    name
+        Label, letters and digits only: becomes the session label.
+    field_strength
+        1.5 or 3.0, tesla.
+    bias
+        Standard deviation of the logarithm of the receive bias field in the head.
+    b1_spread
+        Transmit field: nominal plus up to this share in the centre, minus it at the rim.
+    tilt
+        Rotation of the field of view about the left-right axis, degrees.
+    dtype
+        How voxels are stored: ``int16``, ``uint8`` (with slope) or ``float32``.
+    gain
+        Stored value of the white matter, roughly; per scan it varies.
+    """
+
+    name: str
+    manufacturer: str
+    model: str
+    field_strength: float
+    bias: float
+    b1_spread: float
+    tilt: float
+    dtype: str
+    gain: float
+    protocols: dict[str, Protocol] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """Sidecar fields of the scanner (BIDS names and units)."""
+        return {
+            "Modality": "MR",
+            "Manufacturer": self.manufacturer,
+            "ManufacturersModelName": self.model,
+            "MagneticFieldStrength": self.field_strength,
+            "InstitutionName": f"Simulated site {self.name}",
+            "StationName": f"SIM{self.name.upper()}",
+        }
+
+
+def _spin_echo(
+    voxel: tuple[float, float, float], snr: float, field_strength: float
+) -> dict[str, Protocol]:
+    slower = field_strength == 3.0
+    return {
+        "T2w": Protocol("tse", 5.0 if slower else 4.2, 0.1, 90, voxel, "LAS", snr, train=0.16),
+        "FLAIR": Protocol(
+            "tirtse", 9.0, 0.12, 90, voxel, "LAS", 0.8 * snr, ti=2.5 if slower else 2.4, train=0.2
+        ),
+    }
+
+
+def all_sites() -> dict[str, Site]:
+    """Every simulated site by name, the reference domain first."""
+    sites = [
+        Site("mprage3", "Aurelia", "Magna 3", 3.0, 0.10, 0.12, 0.0, "int16", 600,
+             {"T1w": Protocol("mprage", 2.3, 0.003, 9, (1, 1, 1), "PIR", 45, ti=0.9,
+                              echo_spacing=0.0071, n_readouts=176),
+              **_spin_echo((0.9, 0.9, 3.0), 50, 3.0)}),
+        Site("mprage15", "Borealis", "Vela 1.5", 1.5, 0.07, 0.04, -8.0, "int16", 250,
+             {"T1w": Protocol("mprage", 1.9, 0.0039, 15, (1.2, 1.0, 1.0), "RAS", 24, ti=1.1,
+                              echo_spacing=0.0087, n_readouts=160),
+              **_spin_echo((1.0, 1.0, 4.0), 32, 1.5)}),
+        Site("spgr3", "Cygnal", "Tor 3.0", 3.0, 0.12, 0.14, 5.0, "int16", 1800,
+             {"T1w": Protocol("spgr", 0.0098, 0.0046, 12, (0.9, 0.9, 1.2), "LAS", 32),
+              **_spin_echo((0.8, 0.8, 4.0), 40, 3.0)}),
+        Site("spgr15", "Dorado", "Echo 15", 1.5, 0.09, 0.05, -4.0, "uint8", 90,
+             {"T1w": Protocol("spgr", 0.022, 0.006, 28, (1.0, 1.0, 1.5), "LPS", 20),
+              **_spin_echo((1.0, 1.0, 5.0), 26, 1.5)}),
+        Site("thick15", "Eridan", "Clinic 1.5", 1.5, 0.12, 0.05, 12.0, "int16", 400,
+             {"T1w": Protocol("spgr", 0.18, 0.0045, 75, (0.9, 0.9, 4.5), "LPS", 38,
+                              blur=(1.2, 1.2, 0.0)),
+              **_spin_echo((0.9, 0.9, 5.0), 30, 1.5)}),
+        Site("biased3", "Fornax", "Wide 3T", 3.0, 0.26, 0.18, 3.0, "float32", 1.0,
+             {"T1w": Protocol("mprage", 2.0, 0.0024, 8, (1, 1, 1), "ASR", 26, ti=0.88,
+                              echo_spacing=0.0065, n_readouts=192, blur=(0.8, 0.8, 0.8)),
+              **_spin_echo((1.0, 1.0, 3.0), 36, 3.0)}),
+    ]  # fmt: skip
+    return {site.name: site for site in sites}
+
+
+def get_sites(names: list[str] | tuple[str, ...]) -> list[Site]:
+    """Look sites up by name, in the order given.
+
+    Raises
+    ------
+    UsageError
+        An unknown name, or one given twice.
+    """
+    known = all_sites()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"unknown site {unknown[0]!r}: choose from {', '.join(known)}")
+    if len(set(names)) != len(names):
+        raise UsageError("a site is named twice: name each site once")
+    if not names:
+        raise UsageError("no site given: name at least one of " + ", ".join(known))
+    return [known[name] for name in names]
