@@ -38,7 +38,7 @@ def files_in_database(bids_dir: Path, database: Path) -> dict[str, list[tuple[st
 
     try:
         layout = BIDSLayout(database_path=str(database))
-    except Exception as error:  # noqa: BLE001 (pybids and sqlalchemy raise many kinds)
+    except Exception as error:
         raise DatasetError(
             f"the pybids database {database} cannot be read ({error}); delete it to rebuild it"
         ) from error
@@ -75,7 +75,7 @@ def _build(bids_dir: Path, database: Path) -> None:
             path.replace(database / path.name)
     except OSError as error:
         raise output_error(database, error) from error
-    except Exception as error:  # noqa: BLE001 (pybids raises many kinds)
+    except Exception as error:
         raise DatasetError(
             f"pybids cannot index {bids_dir} ({error}); leave out --bids-database-dir"
         ) from error

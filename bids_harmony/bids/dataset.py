@@ -21,8 +21,8 @@ NAME = "bids_harmony"
 BIDS_VERSION = "1.11.1"
 LINK = "raw"
 
-# What NiPreps-style outputs have and BIDS has no rule for. `figures` has no slash at its end on purpose: with one the
-# validator does not match the folders below sub-*.
+# What NiPreps-style outputs have and BIDS has no rule for. `figures` has no slash at its end on
+# purpose: with one the validator does not match the folders below sub-*.
 IGNORED = (
     "*.html",
     "figures",
@@ -35,14 +35,17 @@ IGNORED = (
 
 README = """# bids_harmony derivatives
 
-Brain MRI harmonized by bids_harmony: made to look as if the scanner of the reference domain had acquired them.
+Brain MRI harmonized by bids_harmony: made to look as if the scanner of the reference domain had
+acquired them.
 
-- `sub-*/[ses-*/]anat/`: harmonized scans (`desc-` labels are explained in `descriptions.tsv`), brain masks, transforms.
-- `sub-*.html`, `sub-*/figures/`: one visual report per participant. Look at it before the scans are used.
+- `sub-*/[ses-*/]anat/`: harmonized scans (`desc-` labels are explained in `descriptions.tsv`),
+  brain masks, transforms.
+- `sub-*.html`, `sub-*/figures/`: one visual report per participant. Look at it before the scans
+  are used.
 - `models/`: models learned from these data. `logs/`: settings of every run.
 
-The JSON file beside each scan says which method, model and site were used, and how they were chosen. The raw scans are
-linked as `bids:raw:` (see `DatasetLinks` in `dataset_description.json`).
+The JSON file beside each scan says which method, model and site were used, and how they were
+chosen. The raw scans are linked as `bids:raw:` (see `DatasetLinks` in `dataset_description.json`).
 """
 
 
@@ -56,8 +59,9 @@ def write_dataset(
 ) -> None:
     """Write dataset_description.json, .bidsignore, README.md and descriptions.tsv.
 
-    The content has no time stamp and does not depend on the order of jobs, so that any number of them may write it at
-    the same time. A README and lines of a .bidsignore that are already there are kept.
+    The content has no time stamp and does not depend on the order of jobs, so that any number of
+    them may write it at the same time. A README and lines of a .bidsignore that are already there
+    are kept.
 
     Parameters
     ----------
@@ -123,7 +127,8 @@ def dataset_description(
 def raw_link(out_dir: Path, bids_dir: Path) -> str:
     """Where the raw data set is, as a POSIX path relative to the derivatives.
 
-    An absolute path would tell names of users and machines, and break when both folders move together.
+    An absolute path would tell names of users and machines, and break when both folders move
+    together.
     """
     relative = os.path.relpath(bids_dir.absolute(), out_dir.absolute())
     return Path(relative).as_posix()
@@ -137,7 +142,8 @@ def bids_uri(path: Path, bids_dir: Path, name: str = LINK) -> str:
     path
         A file below `bids_dir`.
     bids_dir
-        Root of the data set that `name` links to; with an empty `name` it is the data set that the URI stands in.
+        Root of the data set that `name` links to; with an empty `name` it is the data set that the
+        URI stands in.
 
     Raises
     ------
@@ -152,8 +158,8 @@ def container_info(
 ) -> dict[str, str]:
     """Container this process runs in, as BIDS ``GeneratedBy.Container``; empty outside of one.
 
-    The image tells its own name in ``BIDS_HARMONY_IMAGE`` (e.g. ``registry/name:1.0``); Apptainer tells only the
-    file, of which the name without its folder is kept.
+    The image tells its own name in ``BIDS_HARMONY_IMAGE`` (e.g. ``registry/name:1.0``); Apptainer
+    tells only the file, of which the name without its folder is kept.
     """
     apptainer = environment.get("APPTAINER_CONTAINER") or environment.get("SINGULARITY_CONTAINER")
     image = environment.get("BIDS_HARMONY_IMAGE", "")
@@ -167,8 +173,8 @@ def container_info(
 def merge_descriptions(path: Path, descriptions: Mapping[str, str]) -> None:
     """Add or replace rows of descriptions.tsv; rows of other runs stay.
 
-    A lock on the folder keeps parallel writers in turn. Where the file system knows no locks, each writer looks
-    again after writing and repeats until its rows are there.
+    A lock on the folder keeps parallel writers in turn. Where the file system knows no locks, each
+    writer looks again after writing and repeats until its rows are there.
 
     Raises
     ------

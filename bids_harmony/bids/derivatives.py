@@ -1,8 +1,9 @@
 """Find brain masks and transforms that other pipelines, or an earlier run, have already made.
 
-A mask in the wrong space is worse than none. A file is therefore taken only when its entities are exactly those of the
-scan, and when nothing suggests that it was made from another scan, or from several scans averaged: fMRIPrep and
-sMRIPrep average all T1w of a session or participant, and their mask then lies in the space of the average.
+A mask in the wrong space is worse than none. A file is therefore taken only when its entities are
+exactly those of the scan, and when nothing suggests that it was made from another scan, or from
+several scans averaged: fMRIPrep and sMRIPrep average all T1w of a session or participant, and
+their mask then lies in the space of the average.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from bids_harmony.bids.entities import IMAGE_EXTENSIONS, split_name
 from bids_harmony.bids.names import derivative_path, strip_extension
@@ -163,10 +165,10 @@ def _wrong_space(scan: Scan, folder: Path, found: Mapping[str, Path]) -> str | N
 
 
 def _named_for(scan: Scan, found: Mapping[str, Path]) -> bool:
-    """Whether the mask's own name tells the modality of the scan."""
+    """Whether a file's own name tells that it is of this T2w or FLAIR, or of this very scan."""
     mask = found.get("mask")
     if mask is None:
-        return False
+        return scan.suffix != "T1w"
     stem = strip_extension(mask.name)
     own = stem.startswith(f"{scan.stem}_")
     return own or (scan.suffix != "T1w" and stem.endswith(f"{scan.suffix}_mask"))
@@ -174,7 +176,7 @@ def _named_for(scan: Scan, found: Mapping[str, Path]) -> bool:
 
 def _raw_sources(folder: Path, found: Mapping[str, Path]) -> set[str] | None:
     """Stems of the raw scans that the files were made from; None when no sidecar tells."""
-    for kind in ("mask", "preproc"):
+    for kind in ("mask", "preproc", "to_template"):
         path = found.get(kind)
         if path is None:
             continue
@@ -213,7 +215,7 @@ def _read_quietly(sidecar: Path) -> dict[str, Any]:
 
 
 def _moved(scan: Scan, folder: Path) -> str | None:
-    """Say so when fMRIPrep moved the scan before it made the mask (from-orig is not the identity)."""
+    """Say so when fMRIPrep moved the scan before it made the mask: from-orig is no identity."""
     path = derivative_path(folder, scan, from_="orig", to=scan.suffix, extension=".txt")
     if not path.is_file():
         return None
@@ -238,8 +240,9 @@ def _itk_parameters(path: Path) -> np.ndarray[Any, np.dtype[np.float64]] | None:
 def _rivals(scan: Scan) -> list[str]:
     """Raw scans for which, or together with which, a file of this name may have been made.
 
-    An average of several scans is named by the entities they share, so it can have this scan's name only when
-    another scan has all entities of this one. A T2w or FLAIR must have no T1w beside it with these entities either.
+    An average of several scans is named by the entities they share, so it can have this scan's
+    name only when another scan has all entities of this one. A T2w or FLAIR must have no T1w
+    beside it with these entities either.
     """
     rivals = []
     for path in sorted(scan.path.parent.iterdir()):
@@ -258,12 +261,12 @@ def _rivals(scan: Scan) -> list[str]:
 
 
 def _grid_note(scan: Scan, mask: Path) -> tuple[bool, str] | None:
-    """Whether a mask on another grid than the scan is usable, with a sentence; None for the same grid."""
+    """Whether a mask on another grid is usable, with a sentence; None for the scan's own grid."""
     try:
-        raw, other = nib.load(scan.path), nib.load(mask)
+        raw, other = open_header(scan.path), open_header(mask)
         shapes = tuple(raw.shape[:3]), tuple(other.shape[:3])
         affines = np.asarray(raw.affine), np.asarray(other.affine)
-    except (OSError, ImageFileError, ValueError, EOFError) as error:
+    except (OSError, ImageFileError, HeaderDataError, ValueError, EOFError) as error:
         return False, f"{mask.name} cannot be read ({error}); not used"
     if shapes[0] == shapes[1] and np.allclose(*affines, atol=1e-2):
         return None
@@ -275,6 +278,20 @@ def _grid_note(scan: Scan, mask: Path) -> tuple[bool, str] | None:
     if not _overlap(shapes, affines):
         return False, f"{told}; it lies elsewhere than {scan.stem}, not used"
     return True, f"{told}; it is resampled to the grid of {scan.stem}"
+
+
+def open_header(path: Path) -> SpatialImage:
+    """Open an image without reading its voxels.
+
+    Raises
+    ------
+    ValueError
+        If it has no grid.
+    """
+    image = nib.load(path)
+    if not isinstance(image, SpatialImage):
+        raise ValueError(f"{path.name} is not an image on a grid")
+    return image
 
 
 def _overlap(shapes: tuple[tuple[int, ...], tuple[int, ...]], affines: tuple[Any, Any]) -> bool:

@@ -61,8 +61,8 @@ def check_filters(filters: Any, *, source: str = "the BIDS filter") -> None:
 def passes(parsed: ParsedName, filters: Filters | None) -> bool:
     """Whether a scan is left by the filter of its modality.
 
-    ``null`` means that the entity must be absent, ``"*"`` that it must be present; numbers match whatever their zero
-    padding (``1`` matches ``run-01``).
+    ``null`` means that the entity must be absent, ``"*"`` that it must be present; numbers match
+    whatever their zero padding (``1`` matches ``run-01``).
     """
     for query, wanted in (filters or {}).items():
         if query.lower() != parsed.suffix.lower():
@@ -91,7 +91,7 @@ def read_labels(values: Sequence[str] | None, entity: str) -> list[str] | None:
     labels = [label.strip().removeprefix(f"{entity}-") for label in labels]
     labels = list(dict.fromkeys(label for label in labels if label))
     if not labels:
-        raise UsageError(f"no {entity}- label in {' '.join(map(str, values)) or 'an empty list'}")
+        raise UsageError(f"no {entity}- label in '{' '.join(map(str, values))}'")
     for label in labels:
         if not label.replace("+", "").isalnum():
             raise UsageError(f"'{label}' is neither a {entity}- label nor a text file of labels")
@@ -99,9 +99,10 @@ def read_labels(values: Sequence[str] | None, entity: str) -> list[str] | None:
 
 
 def _labels_of(value: str) -> list[str]:
-    path = Path(value)
-    if path.suffix not in (".txt", ".tsv", ".csv", ".list") and not path.is_file():
+    # A label has no dot and no slash, so a file in the working folder never hides a label.
+    if not {".", "/"} & set(value):
         return [value]
+    path = Path(value)
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -141,4 +142,6 @@ def _matches(actual: str | None, wanted: Any) -> bool:
     if isinstance(wanted, int) and not isinstance(wanted, bool):
         return actual.isdigit() and int(actual) == wanted
     text = str(wanted)
+    if actual.startswith("."):
+        return actual.lstrip(".") == text.lstrip(".")
     return actual == text or actual == text.split("-", 1)[-1]

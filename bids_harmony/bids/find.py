@@ -1,7 +1,8 @@
 """Find the raw scans of the participants asked for, and nothing else.
 
-Only the subject trees asked for are read: the time does not grow with the size of the data set. Folders such as
-``sourcedata``, ``derivatives`` and ``code`` are never entered, and symbolic links are never resolved.
+Only the subject trees asked for are read: the time does not grow with the size of the data set.
+Folders such as ``sourcedata``, ``derivatives`` and ``code`` are never entered, and symbolic links
+are never resolved.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def check_dataset(bids_dir: Path) -> list[str]:
     MissingInputError
         If the folder does not exist.
     DatasetError
-        If ``dataset_description.json`` is missing or broken, or tells a derivative data set.
+        If ``dataset_description.json`` is missing, broken, without BIDSVersion, or that of
+        derivatives.
     """
     if not bids_dir.is_dir():
         what = "is not a folder" if bids_dir.exists() else "does not exist (not mounted?)"
@@ -53,15 +55,14 @@ def check_dataset(bids_dir: Path) -> list[str]:
     kind = str(description.get("DatasetType", "raw"))
     if kind == "derivative":
         raise DatasetError(
-            f"{path}: DatasetType is 'derivative'; give the raw data set, and this one with --derivatives"
+            f"{path}: DatasetType is 'derivative'; give the raw data set, and this one with "
+            "--derivatives"
         )
     if kind not in ("raw", "study"):
         raise DatasetError(f"{path}: DatasetType '{kind}' is not raw")
-    warnings = []
-    for key in ("Name", "BIDSVersion"):
-        if not isinstance(description.get(key), str):
-            warnings.append(f"{path}: {key} is missing; BIDS requires it")
-    return warnings
+    if not description.get("BIDSVersion"):
+        raise DatasetError(f'{path}: BIDSVersion is missing; add e.g. "BIDSVersion": "1.10.0"')
+    return [] if description.get("Name") else [f"{path}: Name is missing; BIDS requires it"]
 
 
 def read_description(bids_dir: Path) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def find_scans(
     bids_dir
         Root of the raw data set.
     participants, sessions
-        Labels with or without ``sub-``/``ses-``, or text files with one per line; None takes all. With `sessions`,
-        scans without a session are left out.
+        Labels with or without ``sub-``/``ses-``, or text files with one per line; None takes all.
+        With `sessions`, scans without a session are left out.
     modalities
         Suffixes, e.g. ``("T1w", "FLAIR")``.
     filters
@@ -212,7 +213,7 @@ def _select(
     modalities: Sequence[str],
     filters: Filters | None,
 ) -> tuple[list[Scan], list[ScanProblem]]:
-    """Scans of one participant that the modalities and filters leave, and what is wrong with the rest."""
+    """Scans of one participant that are left, and what is wrong with the others."""
     scans: dict[str, Scan] = {}
     problems: list[ScanProblem] = []
     for session, path in files:
@@ -270,7 +271,7 @@ def _candidate(
 
 
 def content_fault(path: Path) -> str | None:
-    """Say why the content of a file cannot be read; None when it can (its first bytes are read)."""
+    """Say why the content of a file cannot be read; None when its first bytes can."""
     try:
         with path.open("rb") as stream:
             start = stream.read(32)

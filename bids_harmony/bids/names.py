@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bids_harmony.bids.scan import Scan
 
-# Order of entities in the BIDS schema (rules.entities); from/to/mode are not in BIDS and stand where NiPreps puts them.
+# Order of entities in the BIDS schema (rules.entities); from/to/mode are not in BIDS and stand
+# where NiPreps puts them.
 ENTITY_ORDER = (
     "sub", "tpl", "ses", "cohort", "sample", "task", "tracksys", "acq", "nuc", "voi", "ce", "trc",
     "stain", "rec", "dir", "run", "mod", "echo", "flip", "inv", "mt", "part", "proc", "hemi",
@@ -47,9 +48,10 @@ def derivative_path(
 ) -> Path:
     """Path of a derivative of `scan`; all entities of the scan are kept.
 
-    A derivative with another suffix than the scan (``mask``, ``biasfield``) would have the same name for the T1w and
-    the T2w of one session; for T2w and FLAIR the modality is therefore appended to `desc`: ``desc-brainT2w_mask``
-    beside ``desc-brain_mask``, which stays the T1w's as in fMRIPrep.
+    A derivative with another suffix than the scan (``mask``, ``biasfield``) would have the same
+    name for the T1w and the T2w of one session; for T2w and FLAIR the modality is therefore
+    appended to `desc`: ``desc-brainT2w_mask`` beside ``desc-brain_mask``, which stays the T1w's as
+    in fMRIPrep.
 
     Parameters
     ----------
@@ -62,7 +64,8 @@ def derivative_path(
     extension
         With the dot.
     from_, to
-        Both for a transform: ``from-T1w_to-MNI152NLin2009aSym_mode-image_xfm.txt``; `suffix` is then ``xfm``.
+        Both for a transform: ``from-T1w_to-MNI152NLin2009aSym_mode-image_xfm.txt``; `suffix` is
+        then ``xfm``.
     folder
         Below `out_dir`; default: that of the scan (``sub-01/ses-1/anat``). ``figures`` stands for
         ``sub-01/figures``.
@@ -70,8 +73,8 @@ def derivative_path(
     Raises
     ------
     ValueError
-        If a label is not a BIDS label, if only one of `from_` and `to` is given, or if an image would get the name
-        of a raw scan.
+        If a label is not a BIDS label, if only one of `from_` and `to` is given, or if an image
+        would get the name of a raw scan.
     """
     if (from_ is None) != (to is None):
         raise ValueError("a transform needs both from_ and to")

@@ -29,8 +29,9 @@ class SidecarReader:
     def metadata(self, scan: Scan) -> dict[str, Any]:
         """Merge all JSON files that apply to `scan`: the nearer to the scan, the stronger.
 
-        A file applies when it lies in the scan's folder or above it, has the scan's suffix and no entity that the scan
-        lacks. Of two in one folder (which BIDS forbids) the one with more entities is stronger.
+        A file applies when it lies in the scan's folder or above it, has the scan's suffix and no
+        entity that the scan lacks. Of two in one folder (which BIDS forbids) the one with more
+        entities is stronger.
 
         Raises
         ------

@@ -2,10 +2,13 @@
 
 The first source that gives a label wins:
 
-1. ``--site-from``: a column name (looked for in scans.tsv, sessions.tsv, participants.tsv), ``sidecar:KEY[,KEY]``, or
-   a TSV file with ``participant_id``, optionally ``session_id``, and ``site``;
-2. the column ``site`` (or ``scanner``) of scans.tsv, sessions.tsv, participants.tsv, in this order;
-3. the sidecar: Manufacturer, ManufacturersModelName, MagneticFieldStrength and StationName (or InstitutionName);
+1. ``--site-from``: a column name (looked for in scans.tsv, sessions.tsv, participants.tsv),
+   ``sidecar:KEY[,KEY]``, or a TSV file with ``participant_id``, optionally ``session_id``, and
+   ``site``;
+2. the column ``site`` (or ``scanner``) of scans.tsv, sessions.tsv, participants.tsv, in this
+   order;
+3. the sidecar: Manufacturer, ManufacturersModelName, MagneticFieldStrength and StationName (or
+   InstitutionName);
 4. ``n/a``.
 
 Empty cells and ``n/a`` are passed over. Labels stay text: site ``01`` is not site ``1``.
@@ -84,9 +87,9 @@ class SiteFinder:
             If a table gives the scan two sites.
         """
         if self._table is not None:
-            label = self._from_participants(self._table, scan, SITE_COLUMNS)
-            if label:
-                return label, f"{self._table.name} (--site-from)"
+            found = self._from_participants(self._table, scan, SITE_COLUMNS)
+            if found:
+                return found[0], f"{found[1]} (--site-from)"
         if self._keys:
             label = sidecar_label(scan.metadata, self._keys)
             if label:
@@ -112,8 +115,8 @@ class SiteFinder:
         if self._column is not None and not self._column_seen:
             there = ", ".join(sorted(self._columns_there)) or "no column at all"
             raise UsageError(
-                f"--site-from {self._column}: no participants.tsv, sessions.tsv or scans.tsv of the "
-                f"selected participants has this column; there is {there}"
+                f"--site-from {self._column}: no participants.tsv, sessions.tsv or scans.tsv of "
+                f"the selected participants has this column; there is {there}"
             )
 
     def _from_tables(self, scan: Scan, names: tuple[str, ...]) -> tuple[str, str] | None:
@@ -129,38 +132,24 @@ class SiteFinder:
             lookups.append((top / f"{prefix}_sessions.tsv", "session_id", scan.session))
         for path, key, wanted in lookups:
             table = self._open(path, key)
-            label = self._value(path, table, table.rows.get(_bare(wanted), []), names, scan)
-            if label:
-                return label
-        path = self._root / "participants.tsv"
-        name = self._from_participants(path, scan, names)
-        return (name, self._told(path, names)) if name else None
+            self._note_columns(table)
+            found = _single(path, table, table.rows.get(_bare(wanted), []), names, scan)
+            if found:
+                return found
+        return self._from_participants(self._root / "participants.tsv", scan, names)
 
-    def _value(
-        self,
-        path: Path,
-        table: Table,
-        rows: list[dict[str, str]],
-        names: tuple[str, ...],
-        scan: Scan,
+    def _from_participants(
+        self, path: Path, scan: Scan, names: tuple[str, ...]
     ) -> tuple[str, str] | None:
-        self._note_columns(table, names)
-        label = _single(path, table, rows, names, scan)
-        return (label, self._told(path, names)) if label else None
-
-    def _told(self, path: Path, names: tuple[str, ...]) -> str:
-        return f"{path.name} column {_pick(self._kept[path].columns, names)}"
-
-    def _from_participants(self, path: Path, scan: Scan, names: tuple[str, ...]) -> str | None:
         table = self._open(path, "participant_id")
-        self._note_columns(table, names)
+        self._note_columns(table)
         rows = table.rows.get(scan.subject, [])
-        if "session_id" in table.columns:
+        if "session_id" in table.columns and rows:
             exact = [r for r in rows if _bare(r["session_id"]) == (scan.session or "")]
             rows = exact or [r for r in rows if not _bare(r["session_id"])]
         return _single(path, table, rows, names, scan)
 
-    def _note_columns(self, table: Table, names: tuple[str, ...]) -> None:
+    def _note_columns(self, table: Table) -> None:
         self._columns_there.update(table.columns)
         if self._column is not None and _pick(table.columns, (self._column,)) is not None:
             self._column_seen = True
@@ -254,7 +243,8 @@ def _pick(columns: tuple[str, ...], names: tuple[str, ...]) -> str | None:
 
 def _single(
     path: Path, table: Table, rows: list[dict[str, str]], names: tuple[str, ...], scan: Scan
-) -> str | None:
+) -> tuple[str, str] | None:
+    """First site of some rows, and where it stands."""
     for name in names:
         column = _pick(table.columns, (name,))
         if column is None:
@@ -267,5 +257,5 @@ def _single(
                 "one row each, or give --site-from a table with session_id"
             )
         if found:
-            return found[0]
+            return found[0], f"{path.name} column {column}"
     return None

@@ -1,7 +1,8 @@
 """Write outputs atomically and byte for byte reproducibly.
 
-Every file is written to a temporary name in its own folder and renamed over the old one, so that a reader, or another
-process that writes the same file, sees the old content or the new one, never half of it.
+Every file is written to a temporary name in its own folder and renamed over the old one, so that a
+reader, or another process that writes the same file, sees the old content or the new one, never
+half of it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".harmony-", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -126,7 +127,8 @@ def write_tsv(
 ) -> bool:
     """Write a BIDS table; True when something was written.
 
-    Missing values, None and non-finite numbers become ``n/a``; tabs and line ends in a text become spaces.
+    Missing values, None and non-finite numbers become ``n/a``; tabs and line ends in a text become
+    spaces.
 
     Parameters
     ----------
@@ -163,7 +165,8 @@ def save_nifti(
 ) -> Path:
     """Write a NIfTI-1 image whose sform and qform are the same.
 
-    The same arguments give the same bytes: no time stamp, no file name and a fixed compression level.
+    The same arguments give the same bytes: no time stamp, no file name and a fixed compression
+    level.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Make a raw image safe to work on: 3-D, finite, not negative, with an affine that can be right.
 
-Voxels are never moved or resampled: the result has the shape and the affine that nibabel gives for the input, unless
-that affine is invalid (see `header_affine`).
+Voxels are never moved or resampled: the result has the shape and the affine that nibabel gives for
+the input, unless that affine is invalid (see `header_affine`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ MIN_FIELD, NOTE_FIELD, MAX_FIELD = 30.0, 100.0, 1000.0
 MIN_VOXELS = 8
 #: Air counts as zero within this share of the bright end of the image.
 AIR_SHARE = 0.02
-#: Negative values in an image with zero air are ringing while they are this few and this small.
-RINGING_FRACTION, RINGING_DEPTH = 0.02, 0.25
+#: With zero air, negative values are ringing or noise up to these pairs of share of the voxels and
+#: depth as a share of the bright end.
+RINGING = ((0.5, 0.05), (0.02, 0.25), (0.001, np.inf))
 
 FloatArray = NDArray[np.float32]
 
@@ -68,11 +69,12 @@ def conform(image: SpatialImage | Path | str) -> Conformed:
     - Trailing axes of length 1 are dropped; several volumes are refused.
     - Scale factors of the header are applied.
     - NaN and infinite values become 0.
-    - Negative values: with zero air they are clipped at 0 when few and small (interpolation ringing); with zero air
-      and many negative values (an image normalised before) everything but the air is shifted up; with a negative
-      background the whole image is shifted up.
-    - Voxels above 10 mm or below 0.1 mm, a voxel ratio above 25, a field of view below 30 mm or above 1 m, or fewer
-      than 8 voxels along an axis are refused; a voxel ratio above 10 or a field of view below 100 mm is noted.
+    - Negative values: with zero air they are clipped at 0 when few and small (interpolation
+      ringing); with zero air and many negative values (an image normalised before) everything but
+      the air is shifted up; with a negative background the whole image is shifted up.
+    - Voxels above 10 mm or below 0.1 mm, a voxel ratio above 25, a field of view below 30 mm or
+      above 1 m, or fewer than 8 voxels along an axis are refused; a voxel ratio above 10 or a
+      field of view below 100 mm is noted.
 
     Needs the stored array and one float32 copy of it.
 
@@ -89,8 +91,8 @@ def conform(image: SpatialImage | Path | str) -> Conformed:
         raise ScanError(f"{name}: {error}") from error
     except (OSError, EOFError, zlib.error, ValueError, HeaderDataError) as error:
         raise ScanError(
-            f"{name}: cannot be read ({_first_line(error)}); the file may be truncated or damaged, "
-            "copy or download it again"
+            f"{name}: cannot be read ({_first_line(error)}); the file may be truncated or "
+            "damaged, copy or download it again"
         ) from error
 
 
@@ -116,7 +118,8 @@ def open_image(path: Path) -> SpatialImage:
     Raises
     ------
     ScanError
-        If the file is missing, empty, a git-annex pointer or not an image. The message has no file name.
+        If the file is missing, empty, a git-annex pointer or not an image. The message has no file
+        name.
     """
     if not path.exists():
         if path.is_symlink():
@@ -142,9 +145,7 @@ def _three_axes(shape: tuple[int, ...]) -> tuple[int, int, int]:
         shape = shape[:-1]
     if len(shape) > 3:
         volumes = int(np.prod(shape[3:]))
-        raise ScanError(
-            f"{volumes} volumes in one file (shape {_times(shape)}); split it and keep one volume per file"
-        )
+        raise ScanError(f"{volumes} volumes in one file (shape {_times(shape)}); split it")
     if len(shape) < 3 or min(shape) == 1:
         raise ScanError(f"a single slice (shape {_times(shape)}); a 3-D scan is needed")
     if min(shape) < MIN_VOXELS:
@@ -186,13 +187,16 @@ def _check_grid(shape: tuple[int, int, int], affine: NDArray[Any]) -> list[str]:
 
 def _read(image: SpatialImage) -> FloatArray:
     """Voxels as a fresh float32 array, with the header's scale factors applied in place."""
-    proxy = image.dataobj
-    if not hasattr(proxy, "get_unscaled"):
-        return np.array(proxy, dtype=np.float32, order="K")
+    proxy: Any = image.dataobj
+    # Values beyond float32 become infinite and are told as such later.
     with np.errstate(over="ignore", invalid="ignore"):
+        if not hasattr(proxy, "get_unscaled"):
+            return np.array(proxy, dtype=np.float32, order="K")
         stored = proxy.get_unscaled()
-        own = stored.dtype == np.float32 and stored.dtype.isnative and stored.base is None
-        data = stored if own else np.array(stored, dtype=np.float32, order="K")
+        # An array unpacked from .gz is ours to change; one mapped from a file is not.
+        ours = stored.dtype == np.dtype("=f4") and stored.flags.writeable
+        ours = ours and not isinstance(stored, np.memmap)
+        data = stored if ours else np.array(stored, dtype=np.float32, order="K")
         del stored
         slope, inter = float(proxy.slope), float(proxy.inter)
         if slope != 1:
@@ -241,7 +245,7 @@ def _lift_negative(data: FloatArray) -> tuple[float, list[str]]:
         return 0.0, []
     air = _air(data)
     bright = float(np.percentile(data[:: max(1, data.shape[0] // 64)], 99.5))
-    span = max(bright - min(air, 0.0), np.finfo(np.float32).tiny)
+    span = max(bright - min(air, 0.0), 1e-30)
     negative = int(np.count_nonzero(data < 0))
     share = negative / data.size
     told = f"{negative} voxels ({100 * share:.2g} %) were negative, lowest {lowest:g}"
@@ -250,7 +254,7 @@ def _lift_negative(data: FloatArray) -> tuple[float, list[str]]:
         data -= np.float32(floor)
         np.maximum(data, 0, out=data)
         return -floor, [f"{told}: the background was negative, {-floor:g} was added everywhere"]
-    if bright > 0 and share <= RINGING_FRACTION and -lowest <= RINGING_DEPTH * bright:
+    if bright > 0 and _is_ringing(share, -lowest / bright):
         np.maximum(data, 0, out=data)
         return 0.0, [f"{told}: they are 0 now (interpolation ringing)"]
     np.subtract(data, np.float32(lowest), out=data, where=data != 0)
@@ -258,6 +262,11 @@ def _lift_negative(data: FloatArray) -> tuple[float, list[str]]:
         f"{told}: THE SCAN SEEMS TO BE NORMALISED ALREADY; {-lowest:g} was added to every voxel "
         "that was not 0; use the raw scan if there is one"
     ]
+
+
+def _is_ringing(share: float, depth: float) -> bool:
+    """Whether so many and so deep negative values (share of the bright end) mean nothing."""
+    return any(share <= most and depth <= deepest for most, deepest in RINGING)
 
 
 def _times(values: Any) -> str:

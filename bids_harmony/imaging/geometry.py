@@ -75,9 +75,9 @@ def same_grid(
 def header_affine(image: nib.spatialimages.SpatialImage) -> tuple[FloatMatrix, list[str]]:
     """Affine that an image means, and what is odd about it.
 
-    The sform wins, as in nibabel and fMRIPrep: a valid one can only have been written on purpose, and the result is
-    then what every nibabel-based program reads. ITK may prefer the qform, so a disagreement is told loudly; what this
-    package hands to ITK always has one affine only.
+    The sform wins, as in nibabel and fMRIPrep: a valid one can only have been written on purpose,
+    and the result is then what every nibabel-based program reads. ITK may prefer the qform, so a
+    disagreement is told loudly; what this package hands to ITK always has one affine only.
 
     ========== ========== ========= ==================================================
     sform      qform      agree     result
@@ -94,7 +94,8 @@ def header_affine(image: nib.spatialimages.SpatialImage) -> tuple[FloatMatrix, l
     0          0                    voxel sizes only, loud note: left and right unknown
     ========== ========== ========= ==================================================
 
-    An sheared sform (angle between voxel axes off by more than 0.6 degrees) is not representable in ITK: ScanError.
+    An sheared sform (angle between voxel axes off by more than 0.6 degrees) is not representable
+    in ITK: ScanError.
 
     Returns
     -------
@@ -108,7 +109,8 @@ def header_affine(image: nib.spatialimages.SpatialImage) -> tuple[FloatMatrix, l
     """
     header = image.header
     if not isinstance(header, nib.Nifti1Header):
-        affine, notes = np.asarray(image.affine, float), []
+        affine = np.asarray(image.affine, float)
+        notes: list[str] = []
         if not is_valid(affine):
             raise ScanError("the affine is singular or not finite; repair the header")
     else:
