@@ -161,8 +161,8 @@ def bias_field(
     weights = rng.standard_normal((4, 4, 4))
     order = np.add.outer(np.add.outer(np.arange(4), np.arange(4)), np.arange(4))
     weights = np.where((order > 0) & (order <= 3), weights / np.maximum(order, 1), 0)
-    axes = [np.linspace(-1, 1, n) for n in shape]
-    field = legendre.leggrid3d(*axes, weights)
+    x, y, z = (np.linspace(-1, 1, n) for n in shape)
+    field = np.asarray(legendre.leggrid3d(x, y, z, weights))
     field -= field.mean()
     return np.exp(strength * field / field.std()).astype(np.float32)
 
@@ -237,7 +237,7 @@ def _store(image: FloatArray, dtype: str) -> tuple[NDArray[np.generic], float]:
 
 
 def voxel_size(protocol: Protocol, resolution: float | None) -> tuple[FloatArray, float]:
-    """Voxel size (mm) and its ratio to the protocol's own: the smallest edge becomes ``resolution``."""
+    """Voxel size (mm), smallest edge ``resolution``, and its ratio to the protocol's own."""
     voxel = np.array(protocol.voxel, dtype=float)
     scale = 1.0 if resolution is None else resolution / float(voxel.min())
     return voxel * scale, scale

@@ -99,11 +99,16 @@ def _ventricle_velocity(template: Template, position: FloatArray) -> FloatArray:
 
 
 def _ventricle_volume(template: Template, scale: FloatArray, displacement: FloatArray) -> float:
-    """Volume of the deformed ventricles, mL, on the coarse grid."""
-    factor = LATTICE / COARSE
-    shape = _shape(COARSE)
-    position = _linear(scale, COARSE)
-    position += np.stack([upsample(d, factor, shape) for d in displacement])
+    """Volume of the deformed ventricles, mL, on the coarse grid in the middle of the head."""
+    factor = round(LATTICE / COARSE)
+    low = np.round((np.array([-60, -92, -52]) - START) / LATTICE).astype(int)
+    high = np.round((np.array([60, 72, 68]) - START) / LATTICE).astype(int)
+    box = tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
+    shape = tuple(int(n) for n in (high - low) * factor + 1)
+    position = np.stack([upsample(d[box], factor, shape) for d in displacement])
+    for axis, first in enumerate(START + low * LATTICE):
+        line = (scale[axis] * (first + COARSE * np.arange(shape[axis]))).astype(np.float32)
+        position[axis] += line.reshape([-1 if k == axis else 1 for k in range(3)])
     inside = ramp(_on_template(template.ventricles, position), COARSE)
     return float(inside.sum()) * COARSE**3 / 1000
 
@@ -128,7 +133,8 @@ def deform(person: Person, template: Template) -> tuple[FloatArray, FloatArray]:
     random = _random_velocity(person)
     flow = _ventricle_velocity(template, _linear(scale, LATTICE))
     target = person.ventricles * person.icv
-    amounts, volumes = [0.0, 2.0], []
+    amounts: list[float] = [0.0, 2.0]
+    volumes: list[float] = []
     for _ in range(5):
         displacement = exponential(random - amounts[len(volumes)] * flow, LATTICE)
         volumes.append(_ventricle_volume(template, scale, displacement))
@@ -153,20 +159,21 @@ def solve(volume: Callable[[float], float], target: float, low: float, high: flo
 
 
 def _brain_maps(
-    person: Person, template: Template, position: FloatArray, spacing: float
+    person: Person, template: Template, coarse: FloatArray, spacing: float, brain: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Tissue and white-matter levels in the subject's space, made individual by noise."""
-    index = position - template.origin[:, None, None, None].astype(np.float32)
-    tissue = ndimage.map_coordinates(template.tissue, index, order=1)
-    share = ndimage.map_coordinates(template.share, index, order=1, mode="nearest")
+    box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]
+    factor = round(COARSE / spacing)
+    index = np.stack([upsample(c, factor, brain.shape)[box] for c in coarse])
+    index -= template.origin[:, None, None, None].astype(np.float32)
     rng = stream(person.seed, person.index, "folds")
-    shape, factor = _shape(LATTICE), LATTICE / spacing
-    noise = [
-        upsample(smooth_noise(shape, sigma, rng), factor, tissue.shape, order=1)
-        for sigma in (0.6, 0.6)
-    ]
-    # The deep nuclei and the brain stem are a mixture: noise and sharpening leave them alone.
-    return tissue + 0.07 * noise[0], share + 0.09 * noise[1]
+    levels = []
+    for values, amount in ((template.tissue, 0.07), (template.share, 0.09)):
+        noise = smooth_noise(_shape(LATTICE), 0.6, rng)
+        level = amount * upsample(noise, round(LATTICE / spacing), brain.shape)
+        level[box] += ndimage.map_coordinates(values, index, order=1, mode="nearest")
+        levels.append(level)
+    return levels[0], levels[1]
 
 
 def _fractions_in_brain(
@@ -201,7 +208,7 @@ def _lesion_fraction(
     """Hyperintensities in the white matter: caps around the ventricles and scattered spots."""
     rng = stream(person.seed, person.index, "lesions")
     spots = smooth_noise(_shape(LATTICE), 0.9, rng)
-    level = upsample(spots, LATTICE / spacing, wm.shape)
+    level = upsample(spots, round(LATTICE / spacing), wm.shape)
     level = level + 3.0 * np.exp(np.minimum(ventricles, 0) / 6.0)
     eligible = np.clip((wm - 0.7) / 0.3, 0, 1)
 
@@ -230,17 +237,15 @@ def build_anatomy(person: Person, spacing: float = 1.0) -> Anatomy:
     scale, displacement = deform(person, template)
     coarse_shape, shape = _shape(COARSE), _shape(spacing)
     coarse = _linear(scale, COARSE)
-    coarse += np.stack([upsample(d, LATTICE / COARSE, coarse_shape) for d in displacement])
+    coarse += np.stack([upsample(d, round(LATTICE / COARSE), coarse_shape) for d in displacement])
     mm = 1 / float(scale.mean())
 
     def surface(values: FloatArray) -> FloatArray:
-        return upsample(_on_template(values, coarse) * mm, COARSE / spacing, shape)
+        return upsample(_on_template(values, coarse) * mm, round(COARSE / spacing), shape)
 
     brain_distance = surface(template.brain)
     brain = ramp(brain_distance, max(spacing, 1.0))
-    position = np.stack([upsample(c, COARSE / spacing, shape) for c in coarse])
-    tissue, share = _brain_maps(person, template, position, spacing)
-    del position
+    tissue, share = _brain_maps(person, template, coarse, spacing, brain)
     csf, gm, wm = _fractions_in_brain(person, brain, tissue, share, spacing)
     fractions = np.zeros((len(TISSUES), *shape), dtype=np.float32)
     surfaces = {name: surface(getattr(template, name)) for name in ("skin", "air", "orbit", "eye")}

@@ -27,7 +27,7 @@ def _thicknesses(
     skull_mean, fat_mean = rng.uniform(5.5, 7.5), rng.uniform(2.5, 6.0)
 
     def field(sigma: float) -> FloatArray:
-        return upsample(smooth_noise(lattice, sigma, rng), _LATTICE / spacing, shape)
+        return upsample(smooth_noise(lattice, sigma, rng), round(_LATTICE / spacing), shape)
 
     skull = np.maximum(skull_mean + 1.2 * field(3.0), 2.5)
     fat = np.maximum(fat_mean * (1 + 0.35 * field(3.0)), 0.5)

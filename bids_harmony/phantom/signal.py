@@ -1,4 +1,4 @@
-"""MR signal equations and relaxation times of tissue: which numbers a scanner measures, and why."""
+"""MR signal equations and relaxation times of tissue."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _ventricle_mask(tissue: FloatArray, mask: NDArray[np.bool_], origin: FloatAr
     keep[box] = fluid[box]
     parts, count = ndimage.label(keep)
     sizes = ndimage.sum(keep, parts, range(1, count + 1))
-    return parts == int(np.argmax(sizes)) + 1
+    return (parts == int(np.argmax(sizes)) + 1).astype(np.float32)
 
 
 def _onto_box(values: FloatArray, origin: FloatArray) -> FloatArray:
@@ -179,7 +179,7 @@ def load_template() -> Template:
     share = near * wm / np.maximum(gm + wm, 1e-3) + (1 - near) * wide[0] / np.maximum(
         wide[1], 1e-3
     )
-    brain = signed_distance(_onto_box(mask, origin) > 0.5, COARSE)
+    brain = signed_distance(_onto_box(mask.astype(np.float32), origin) > 0.5, COARSE)
     brain = ndimage.gaussian_filter(brain, 0.8)
     ventricles = _onto_box(_ventricle_mask(tissue, mask, origin), origin)
     return Template(

@@ -69,12 +69,26 @@ def jacobian_determinant(displacement: FloatArray, spacing: float) -> FloatArray
     return np.linalg.det(np.moveaxis(rows, (0, 1), (-2, -1)))
 
 
-def upsample(
-    field: FloatArray, factor: float, shape: tuple[int, ...], order: int = 1
-) -> FloatArray:
-    """Interpolate a lattice to a grid ``factor`` times finer with the same first point."""
+def upsample(field: FloatArray, factor: int, shape: tuple[int, ...]) -> FloatArray:
+    """Interpolate a lattice linearly to a grid ``factor`` times finer with the same first point.
+
+    Parameters
+    ----------
+    field
+        Values on the lattice.
+    factor
+        Points of the fine grid per lattice step.
+    shape
+        Shape of the fine grid; beyond the last lattice point its value is repeated.
+    """
+    out = field.astype(np.float32)
     if factor == 1 and field.shape == shape:
-        return field
-    return ndimage.affine_transform(
-        field, np.diag(np.full(3, 1 / factor)), output_shape=shape, order=order, mode="nearest"
-    )
+        return out
+    for axis, size in enumerate(shape):
+        place = np.minimum(np.arange(size) / factor, out.shape[axis] - 1)
+        low = np.minimum(place.astype(int), max(out.shape[axis] - 2, 0))
+        step = np.diff(out, axis=axis)
+        weight = (place - low).astype(np.float32)
+        weight = weight.reshape([-1 if k == axis else 1 for k in range(3)])
+        out = np.take(out, low, axis=axis) + weight * np.take(step, low, axis=axis)
+    return out

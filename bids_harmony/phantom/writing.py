@@ -33,7 +33,7 @@ def write_new(path: Path, content: bytes) -> None:
                 handle.write(content)
                 handle.close()
                 temporary.chmod(0o666 & ~_umask())
-                os.replace(temporary, path)
+                temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
