@@ -27,9 +27,6 @@ SITE_COLUMNS = ("site", "scanner")
 IDENTITY_KEYS = ("Manufacturer", "ManufacturersModelName", "StationName", "InstitutionName")
 NOTHING = "nothing tells the site"
 
-Rows = dict[str, list[dict[str, str]]]
-
-
 class SiteFinder:
     """Find the site of scans of one data set; every table is read once.
 
@@ -133,7 +130,7 @@ class SiteFinder:
         for path, key, wanted in lookups:
             table = self._open(path, key)
             self._note_columns(table)
-            found = _single(path, table, table.rows.get(_bare(wanted), []), names, scan)
+            found = _single(path, table, table.rows(wanted), names, scan)
             if found:
                 return found
         return self._from_participants(self._root / "participants.tsv", scan, names)
@@ -143,7 +140,7 @@ class SiteFinder:
     ) -> tuple[str, str] | None:
         table = self._open(path, "participant_id")
         self._note_columns(table)
-        rows = table.rows.get(scan.subject, [])
+        rows = table.rows(scan.subject)
         if "session_id" in table.columns and rows:
             exact = [r for r in rows if _bare(r["session_id"]) == (scan.session or "")]
             rows = exact or [r for r in rows if not _bare(r["session_id"])]
@@ -163,9 +160,17 @@ class SiteFinder:
 class Table:
     """A TSV file as rows by the bare label (no ``sub-``/``ses-``) in one of its columns."""
 
-    def __init__(self, columns: tuple[str, ...], rows: Rows) -> None:
+    def __init__(self, columns: tuple[str, ...], lines: dict[str, list[str]]) -> None:
         self.columns = columns
-        self.rows = rows
+        self._lines = lines
+
+    def rows(self, label: str) -> list[dict[str, str]]:
+        """Rows of one label; lines are split only now, so that long tables stay cheap."""
+        empty = dict.fromkeys(self.columns, "")
+        return [
+            empty | dict(zip(self.columns, line.split("\t"), strict=False))
+            for line in self._lines.get(_bare(label), [])
+        ]
 
     @classmethod
     def read(cls, path: Path, key: str) -> Table:
@@ -187,14 +192,15 @@ class Table:
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{path} cannot be read ({error}); repair the table") from error
         columns = tuple(c.strip() for c in lines[0].split("\t")) if lines else ()
-        rows: Rows = {}
+        by_label: dict[str, list[str]] = {}
         if key not in columns:
-            return cls(columns, rows)
+            return cls(columns, by_label)
+        place = columns.index(key)
         for line in lines[1:]:
-            cells = line.split("\t")
-            row = dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False))
-            rows.setdefault(_bare(row[key]), []).append(row)
-        return cls(columns, rows)
+            cells = line.split("\t", place + 1)
+            if len(cells) > place:
+                by_label.setdefault(_bare(cells[place]), []).append(line)
+        return cls(columns, by_label)
 
 
 def sidecar_label(metadata: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
