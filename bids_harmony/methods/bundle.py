@@ -243,7 +243,7 @@ def _model_card(method: str, contract: Contract, meta: Mapping[str, Any]) -> str
     ]
     lines += [
         f"- {key.replace('_', ' ').capitalize()}: {_plain(meta[key])}"
-        for key in sorted(meta.keys() - {"name", "output_scale"})
+        for key in sorted(meta.keys() - {"name", "output_scale", "reference_quantiles"})
     ]
     for modality, scale in sorted(meta.get("output_scale", {}).items()):
         lines.append(f"- {modality} output units: {scale['low']:g} to {scale['high']:g}")

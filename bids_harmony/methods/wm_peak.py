@@ -14,8 +14,9 @@ from bids_harmony.methods.base import Contract, Volume
 from bids_harmony.methods.statistical import StatisticalMethod, in_mask
 
 _BINS = 1024
-_BANDWIDTH = 0.02
+_BANDWIDTH = 0.015
 _SMOOTHING_MM = 1.0
+_FLAT_PERCENT = 60.0
 _PROMINENCE = 0.05
 _HEIGHT = 0.15
 _USUAL_FACTOR = (0.5, 2.0)
@@ -24,9 +25,8 @@ _USUAL_FACTOR = (0.5, 2.0)
 class WhiteMatterPeak(StatisticalMethod):
     """One factor per scan that moves its tissue peak to the reference domain's.
 
-    The histogram is that of the image smoothed inside the brain (Gaussian, SD 1 mm), which parts
-    grey and white matter in noisy scans; see `find_peak`. Model: median of the reference
-    volumes' peaks. Monotone, and contrast between tissues is kept as it is.
+    See `find_peak` for how the peak is found in noisy, unevenly lit and atrophied brains. Model:
+    median of the reference volumes' peaks. Monotone; ratios between tissues are kept as they are.
     """
 
     name: ClassVar[str] = "wm-peak"
@@ -63,21 +63,28 @@ def find_peak(volume: Volume) -> float:
 
     T1w: the significant mode of highest intensity, which is white matter. T2w and FLAIR: the
     highest mode. A mode is significant when its density is at least 15 % and its prominence at
-    least 5 % of the highest mode's. The density is a histogram of 1024 bins up to 1.2 times the
-    99.5th percentile, smoothed by a Gaussian with an SD of 2 % of that range, so that the
-    peak scales with the image.
+    least 5 % of the highest mode's.
+
+    The density is that of the image smoothed inside the brain (Gaussian, SD 1 mm), of the 60 %
+    of voxels with the smallest gradient (partial volume is left out), each weighted by its depth
+    below the mask's surface (white matter lies deep, cortex and widened sulci do not). It has
+    1024 bins up to 1.2 times the 99.5th percentile and is smoothed by a Gaussian with an SD of
+    1.5 % of that range, so that the peak scales with the image.
 
     Raises
     ------
     ScanError
         If no mode lies at a positive intensity.
     """
-    values = _smoothed_brain(volume)
+    values, depth = _homogeneous_brain(volume)
     top = 1.2 * float(np.percentile(values, 99.5))
     if top <= 0:
         raise ScanError(f"{volume.name or 'scan'}: no positive brain intensity; check the image")
-    counts, edges = np.histogram(values[values > 0], bins=_BINS, range=(0.0, top))
-    density = ndimage.gaussian_filter1d(counts.astype(float), _BANDWIDTH * _BINS, mode="constant")
+    positive = values > 0
+    counts, edges = np.histogram(
+        values[positive], bins=_BINS, range=(0.0, top), weights=depth[positive]
+    )
+    density = ndimage.gaussian_filter1d(counts, _BANDWIDTH * _BINS, mode="constant")
     highest = density.max()
     peaks, _ = signal.find_peaks(
         density, height=_HEIGHT * highest, prominence=_PROMINENCE * highest
@@ -90,13 +97,19 @@ def find_peak(volume: Volume) -> float:
     return float(0.5 * (edges[chosen] + edges[chosen + 1]))
 
 
-def _smoothed_brain(volume: Volume) -> Float64Array:
-    """Brain values after Gaussian smoothing that does not mix in the background."""
+def _homogeneous_brain(volume: Volume) -> tuple[Float64Array, Float64Array]:
+    """Smoothed values of the brain's even voxels, and their depth below the surface in mm."""
     in_mask(volume)
     (box,) = ndimage.find_objects(volume.mask.astype(np.uint8))
-    mask = volume.mask[box]
+    mask = np.pad(volume.mask[box], 2)
     sigma = [_SMOOTHING_MM / size for size in volume.spacing]
-    data = np.where(mask, volume.data[box], 0).astype(np.float32)
+    data = np.where(mask, np.pad(volume.data[box], 2), 0).astype(np.float32)
     total = ndimage.gaussian_filter(data, sigma, mode="constant")
     weight = ndimage.gaussian_filter(mask.astype(np.float32), sigma, mode="constant")
-    return (total[mask] / weight[mask]).astype(np.float64)
+    smooth = np.divide(total, weight, out=np.zeros_like(total), where=mask)
+    slope = np.zeros_like(total)
+    for axis, size in enumerate(volume.spacing):
+        slope += np.gradient(total, size, axis=axis) ** 2
+    depth = ndimage.distance_transform_edt(mask, sampling=volume.spacing)
+    even = mask & (slope <= np.percentile(slope[mask], _FLAT_PERCENT))
+    return smooth[even].astype(np.float64), depth[even].astype(np.float64)
