@@ -1,6 +1,7 @@
 """The pictures of a scan's report, each as encoded bytes ready to be embedded.
 
-Drawn with matplotlib's object interface only: no display, no global state, same bytes for the same input.
+Drawn with matplotlib's object interface only: no display, no global state, same bytes for the
+same input.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from skimage.filters import threshold_otsu
 
@@ -47,9 +49,9 @@ def common_window(
 ) -> tuple[float, float]:
     """Grey window for before and after alike: what the target appearance needs.
 
-    Black is 0, or the 0.5th percentile of the harmonized brain if that is negative; white is the larger of the 99.5th
-    percentiles of the harmonized brain and of the reference quantiles. A scan brighter than that saturates: the report
-    states the share of such voxels.
+    Black is 0, or the 0.5th percentile of the harmonized brain if that is negative; white is the
+    larger of the 99.5th percentiles of the harmonized brain and of the reference quantiles. A
+    scan brighter than that saturates: the report states the share of such voxels.
 
     Parameters
     ----------
@@ -97,7 +99,7 @@ def draw_after(scene: Scene) -> bytes:
 
 def _draw_grey(scene: Scene, volume: FloatArray) -> bytes:
     """Mosaic in the scene's grey window with its bar."""
-    picture = mos.compose(scene.layout, _grey_paint(scene, volume), volume.shape)
+    picture = mos.compose(scene.layout, _grey_paint(scene, volume))
     return mos.render(picture, bar=(scene.window, "gray", scene.units))
 
 
@@ -117,12 +119,15 @@ def draw_mask(scene: Scene) -> bytes:
     def paint(plane: geo.Plane, index: int) -> mos.Rgb:
         return mos.grey(mos.slice_pixels(volume, layout, plane, index), own)
 
-    picture = mos.compose(layout, paint, volume.shape, [(scene.mask, MASK_COLOUR)])
-    return mos.render(picture, quality=80)
+    picture = mos.compose(layout, paint, [(scene.mask, MASK_COLOUR)])
+    return mos.render(picture, bar=(own, "gray", scene.units), quality=75)
 
 
 def difference_limit(scene: Scene) -> float:
-    """Half-width of the difference colour scale: 99th percentile of the absolute change in the brain; 0 if none."""
+    """Half-width of the difference scale: 99th percentile of the absolute change in the brain.
+
+    The largest change anywhere if that percentile is 0; 0 when nothing changed.
+    """
     change = np.abs(scene.after.data - scene.before.data)
     limit = float(np.percentile(change[scene.mask], 99))
     return limit if limit > 0 else float(change.max())
@@ -138,9 +143,9 @@ def draw_difference(scene: Scene) -> bytes:
         image = mos.slice_pixels(change, layout, plane, index)
         return mos.colours(image, (-limit, limit), DIFFERENCE_MAP)
 
-    picture = mos.compose(layout, paint, change.shape, [(scene.mask, "black")])
-    label = f"after − before ({scene.units})"
-    return mos.render(picture, bar=((-limit, limit), DIFFERENCE_MAP, label), quality=80)
+    picture = mos.compose(layout, paint, [(scene.mask, "black")], light=True)
+    label = f"change of {scene.units}"
+    return mos.render(picture, bar=((-limit, limit), DIFFERENCE_MAP, label), quality=70)
 
 
 def draw_bias(scene: Scene) -> bytes:
@@ -164,12 +169,12 @@ def draw_bias(scene: Scene) -> bytes:
         image = mos.slice_pixels(field, layout, plane, index)
         return np.where(inside, mos.colours(image, (low, high), BIAS_MAP), under(plane, index) / 2)
 
-    picture = mos.compose(layout, paint, field.shape)
+    picture = mos.compose(layout, paint)
     return mos.render(picture, bar=((low, high), BIAS_MAP, "bias field (ratio)"), quality=80)
 
 
 def draw_registration(registration: Registration, *, columns: int = 5) -> tuple[bytes, bytes]:
-    """Template and scan on the template's grid, same slices, the template's brain outline on both."""
+    """Template and scan on the template's grid, the template's brain outlined on both."""
     template = geo.display_volume(registration.template, registration.affine)
     scan = geo.display_volume(registration.scan, registration.affine)
     mask = _template_mask(registration)
@@ -181,8 +186,8 @@ def draw_registration(registration: Registration, *, columns: int = 5) -> tuple[
         def paint(plane: geo.Plane, index: int) -> mos.Rgb:
             return mos.grey(mos.slice_pixels(volume, layout, plane, index), window)
 
-        picture = mos.compose(layout, paint, volume.shape, [(mask, TEMPLATE_COLOUR)])
-        return mos.render(picture, quality=80)
+        picture = mos.compose(layout, paint, [(mask, TEMPLATE_COLOUR)])
+        return mos.render(picture, quality=75)
 
     return draw(template.data), draw(scan.data)
 
@@ -197,7 +202,10 @@ def _template_mask(registration: Registration) -> geo.BoolArray:
 
 
 def density(values: FloatArray, edges: FloatArray) -> NDArray[np.float64]:
-    """Probability density of `values` (or of their quantiles) per bin of `edges`, lightly smoothed (1 bin)."""
+    """Probability density of `values` (or of their quantiles) per bin of `edges`.
+
+    Smoothed with a Gaussian of one bin.
+    """
     even = np.quantile(values, np.linspace(0.0, 1.0, 20001))
     counts = np.histogram(even, bins=edges)[0]
     return np.asarray(gaussian_filter1d(counts / (even.size * np.diff(edges)), 1.0))
@@ -228,5 +236,7 @@ def draw_histogram(histogram: Histogram, units: str) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     buffer = io.BytesIO()
-    canvas.print_png(buffer, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture.quantize(64, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,7 +1,8 @@
 """Volumes as they are looked at: RAS+, true proportions, cropped to the head.
 
-Display convention: neurological. Axial and coronal slices show the patient's left on the left; sagittal slices show
-posterior on the left. Oblique grids are shown along their own axes, named by the nearest anatomical direction.
+Display convention: neurological. Axial and coronal slices show the patient's left on the left;
+sagittal slices show posterior on the left. Oblique grids are shown along their own axes, named by
+the nearest anatomical direction.
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ def head_box(
 
 
 def choose_slices(mask: BoolArray, axis: int, count: int, *, rim: float = 0.1) -> list[int]:
-    """Evenly spaced indices through the mask's extent along `axis`, `rim` of it left out at both ends.
+    """Evenly spaced indices through the mask's extent along `axis`.
 
-    Fewer than `count` indices come back when the extent has fewer slices.
+    `rim` of the extent is left out at both ends. Fewer than `count` indices
+    come back when the extent has fewer slices.
     """
     first, last = extent(mask, axis)
     rim_voxels = rim * (last - first)
@@ -122,7 +124,11 @@ def choose_slices(mask: BoolArray, axis: int, count: int, *, rim: float = 0.1) -
 def take_slice(
     volume: NDArray[Any], plane: Plane, index: int, box: Box | None = None
 ) -> NDArray[Any]:
-    """One slice as an image: row 0 is anterior (axial) or superior, columns run left to right or back to front."""
+    """One slice as an image.
+
+    Row 0 is anterior (axial) or superior; columns run from left to right, or from posterior to
+    anterior (sagittal).
+    """
     cut: list[Any] = list(box or (slice(None), slice(None), slice(None)))
     cut[NORMAL[plane]] = index
     return np.asarray(volume[tuple(cut)]).T[::-1]
@@ -137,7 +143,7 @@ def image_spacing(plane: Plane, spacing: tuple[float, float, float]) -> tuple[fl
 def to_pixels(
     image: NDArray[Any], pixel_mm: tuple[float, float], mm_per_pixel: float
 ) -> NDArray[np.float64]:
-    """Resample a slice to square pixels of `mm_per_pixel`, linearly, smoothed when made smaller."""
+    """Resample a slice linearly to square pixels of `mm_per_pixel`; smoothed when made smaller."""
     shape = tuple(
         max(1, round(n * mm / mm_per_pixel)) for n, mm in zip(image.shape, pixel_mm, strict=True)
     )
@@ -154,8 +160,8 @@ def to_pixels(
     )
 
 
-def slice_millimetres(affine: FloatArray, axis: int, index: int, shape: tuple[int, ...]) -> float:
-    """Scanner coordinate in mm, along `axis`, of the centre of slice `index`."""
-    voxel = [(n - 1) / 2 for n in shape]
+def slice_millimetres(affine: FloatArray, axis: int, index: int, box: Box) -> float:
+    """Scanner coordinate in mm along `axis` of the centre of slice `index` within `box`."""
+    voxel = [(s.start + s.stop - 1) / 2 for s in box]
     voxel[axis] = index
     return float((np.asarray(affine) @ [*voxel, 1.0])[axis])

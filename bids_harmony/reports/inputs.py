@@ -54,7 +54,8 @@ class Metric:
     before, after
         Values; None or non-finite when not defined.
     good
-        Direction that is an improvement: ``lower``, ``higher``, or ``none`` when the number only describes.
+        Direction that is an improvement: ``lower``, ``higher``, or ``none`` when the number only
+        describes.
     """
 
     name: str
@@ -76,7 +77,8 @@ class Registration:
     affine
         Shape (4, 4), voxels to mm (RAS+).
     template_mask
-        Brain mask of the template, shape (X, Y, Z); without it the outline is found by Otsu's threshold.
+        Brain mask of the template, shape (X, Y, Z); without it the outline is found by Otsu's
+        threshold.
     name
         Template name, e.g. ``MNI152NLin2009aSym``.
     """
@@ -89,7 +91,7 @@ class Registration:
 
     def __post_init__(self) -> None:
         """Refuse volumes that do not share one grid."""
-        volumes = {"template": self.template, "scan": self.scan}
+        volumes: dict[str, NDArray[Any]] = {"template": self.template, "scan": self.scan}
         if self.template_mask is not None:
             volumes["template_mask"] = self.template_mask
         _check_grid(f"registration to {self.name}", volumes, self.affine)
@@ -104,7 +106,8 @@ class Histogram:
     before, after
         1-D: all in-brain values, or their quantiles at evenly spaced probabilities.
     reference
-        1-D: quantiles of the reference domain at evenly spaced probabilities; None when the model keeps none.
+        1-D: quantiles of the reference domain at evenly spaced probabilities; None when the model
+        keeps none.
     """
 
     before: FloatArray
@@ -146,7 +149,7 @@ class ScanReport:
     site, site_source
         Site of the scan and where it was found.
     affine
-        Shape (4, 4), voxels to mm (RAS+), of `before`, `after`, `mask` and `bias`; any orientation.
+        Shape (4, 4), voxels to mm (RAS+), of `before`, `after`, `mask`, `bias`; any orientation.
     before, after
         Shape (X, Y, Z), on one common intensity scale (`units`).
     mask
@@ -198,7 +201,11 @@ class ScanReport:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn truthfully."""
-        volumes = {"before": self.before, "after": self.after, "mask": self.mask}
+        volumes: dict[str, NDArray[Any]] = {
+            "before": self.before,
+            "after": self.after,
+            "mask": self.mask,
+        }
         if self.bias is not None:
             volumes["bias"] = self.bias
         _check_grid(self.stem, volumes, self.affine)
@@ -209,7 +216,7 @@ class ScanReport:
 
 
 def _check_grid(name: str, volumes: Mapping[str, NDArray[Any]], affine: FloatArray) -> None:
-    """Raise ScanError unless all volumes are 3-D, finite and of one shape, and the affine is usable."""
+    """Raise ScanError unless volumes are 3-D, finite, of one shape, and the affine is usable."""
     shapes = {key: np.shape(value) for key, value in volumes.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 3:
         raise ScanError(f"{name}: report volumes must be 3-D and share one grid, got {shapes}")

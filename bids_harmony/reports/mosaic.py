@@ -23,6 +23,9 @@ Paint = Callable[[geo.Plane, int], Rgb]
 
 DPI = 100
 GAP = 4
+STRIP = 16
+#: Grey level of a light background: the middle of the diverging colour map.
+PAPER = 0.967
 BAR_PIXELS = 92
 
 
@@ -40,6 +43,8 @@ class Layout:
         Of the RAS+ volume.
     mm_per_pixel
         Size of a picture pixel.
+    width
+        Width of the mosaic in pixels.
     """
 
     box: geo.Box
@@ -47,6 +52,7 @@ class Layout:
     spacing: tuple[float, float, float]
     affine: NDArray[np.float64]
     mm_per_pixel: float
+    width: int
 
 
 @dataclass(frozen=True)
@@ -70,25 +76,32 @@ class Mosaic:
         Direction letters and slice positions.
     lines
         Pairs of (mask in picture pixels, 0..1; colour): outlined at 0.5.
+    light
+        True: light background, dark words.
     """
 
     pixels: Rgb
     texts: tuple[Text, ...]
     lines: tuple[tuple[NDArray[np.float64], str], ...] = ()
+    light: bool = False
 
 
 def plan_layout(
     volume: geo.DisplayVolume, mask: geo.BoolArray, *, columns: int, width: int
 ) -> Layout:
-    """Choose crop, slices and scale so that the widest row of `columns` slices is `width` pixels wide."""
+    """Choose crop, slices and scale, the same scale for all planes.
+
+    `columns` slices fill the row whose slices are widest; rows of narrower slices hold more.
+    """
     box = geo.head_box(volume.data, mask, volume.spacing)
-    millimetres = [(s.stop - s.start) * mm for s, mm in zip(box, volume.spacing, strict=True)]
-    widest = max(millimetres[0], millimetres[1]) * columns
-    rows = tuple(
-        (plane, tuple(geo.choose_slices(mask, geo.NORMAL[plane], columns))) for plane in geo.PLANES
-    )
-    scale = widest / (width - GAP * (columns - 1))
-    return Layout(box, rows, volume.spacing, volume.affine, scale)
+    x_mm, y_mm, _ = ((s.stop - s.start) * mm for s, mm in zip(box, volume.spacing, strict=True))
+    scale = max(x_mm, y_mm) * columns / (width - GAP * (columns - 1))
+    rows = []
+    for plane in geo.PLANES:
+        tile = (y_mm if plane == "sagittal" else x_mm) / scale
+        count = min(columns + 2, max(columns, int((width + GAP) / (tile + GAP))))
+        rows.append((plane, tuple(geo.choose_slices(mask, geo.NORMAL[plane], count))))
+    return Layout(box, tuple(rows), volume.spacing, volume.affine, scale, width)
 
 
 def slice_pixels(
@@ -102,8 +115,9 @@ def slice_pixels(
 def compose(
     layout: Layout,
     paint: Paint,
-    shape: tuple[int, ...],
     outlines: Sequence[tuple[geo.BoolArray, str]] = (),
+    *,
+    light: bool = False,
 ) -> Mosaic:
     """Paint every slice of `layout` and put them in rows.
 
@@ -111,66 +125,59 @@ def compose(
     ----------
     paint
         Gives the colours, shape (rows, columns, 3), of one slice at the layout's scale.
-    shape
-        Shape of the volume.
     outlines
         Volumes to outline, with their colours.
+    light
+        Light background instead of black.
     """
     rows, texts = [], []
     marks: list[list[NDArray[np.float64]]] = [[] for _ in outlines]
     top = 0
     for plane, indices in layout.slices:
         tiles = [paint(plane, i) for i in indices]
-        rows.append(_row(tiles))
-        texts += _row_texts(layout, plane, indices, tiles[0].shape[:2], top, shape)
+        rows.append(_row(tiles, layout.width, PAPER if light else 0.0))
+        texts += _row_texts(layout, plane, indices, tiles[0].shape[:2], top)
         for mark, (mask, _) in zip(marks, outlines, strict=True):
             drawn = [slice_pixels(mask, layout, plane, i)[..., None] for i in indices]
-            mark.append(_row(drawn))
-        top += rows[-1].shape[0] + GAP
+            mark.append(_row(drawn, layout.width, 0.0))
+        top += rows[-1].shape[0]
     lines = tuple(
-        (_stack(mark)[..., 0], colour) for mark, (_, colour) in zip(marks, outlines, strict=True)
+        (np.concatenate(mark)[..., 0], colour)
+        for mark, (_, colour) in zip(marks, outlines, strict=True)
     )
-    return Mosaic(_stack(rows), tuple(texts), lines)
+    return Mosaic(np.concatenate(rows), tuple(texts), lines, light)
 
 
-def _row(tiles: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Tiles of one height side by side, a gap between them."""
-    gap = np.zeros((tiles[0].shape[0], GAP, tiles[0].shape[2]))
-    parts = [part for tile in tiles for part in (gap, tile)][1:]
-    return np.concatenate(parts, axis=1)
+def row_starts(count: int, tile: int, width: int) -> list[int]:
+    """Left columns of `count` tiles spread evenly over `width`."""
+    share = width / count
+    return [max(0, int(number * share + (share - tile) / 2)) for number in range(count)]
 
 
-def _stack(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Rows below one another, left-aligned on black."""
-    width = max(row.shape[1] for row in rows)
-    height = sum(row.shape[0] for row in rows) + GAP * (len(rows) - 1)
-    canvas = np.zeros((height, width, rows[0].shape[2]))
-    top = 0
-    for row in rows:
-        canvas[top : top + row.shape[0], : row.shape[1]] = row
-        top += row.shape[0] + GAP
-    return canvas
+def _row(tiles: Sequence[NDArray[np.float64]], width: int, fill: float) -> NDArray[np.float64]:
+    """Tiles of one size spread over `width`, a strip for words below them."""
+    height, tile, depth = tiles[0].shape
+    row = np.full((height + STRIP, width, depth), fill)
+    for start, image in zip(row_starts(len(tiles), tile, width), tiles, strict=True):
+        row[:height, start : start + tile] = image[:, : width - start]
+    return row
 
 
 def _row_texts(
-    layout: Layout,
-    plane: geo.Plane,
-    indices: Sequence[int],
-    tile: tuple[int, ...],
-    top: int,
-    shape: tuple[int, ...],
+    layout: Layout, plane: geo.Plane, indices: Sequence[int], tile: tuple[int, ...], top: int
 ) -> list[Text]:
     """Direction letters at both sides of every slice and its position below."""
     left, right, _, _ = geo.EDGES[plane]
     axis = geo.NORMAL[plane]
+    height, width = tile
     texts = []
-    for number, index in enumerate(indices):
-        start = number * (tile[1] + GAP)
-        texts.append(Text(top + 12, start + 10, left))
-        texts.append(Text(top + 12, start + tile[1] - 10, right))
-        position = geo.slice_millimetres(layout.affine, axis, index, shape)
-        word = f"{'xyz'[axis]} = {position:.0f} mm"
-        texts.append(Text(top + tile[0] - 10, start + tile[1] / 2, word))
+    starts = row_starts(len(indices), width, layout.width)
+    for start, index in zip(starts, indices, strict=True):
+        texts.append(Text(top + 10, start + 9, left))
+        texts.append(Text(top + 10, start + width - 9, right))
+        position = round(geo.slice_millimetres(layout.affine, axis, index, layout.box))
+        word = f"{'xyz'[axis]} = {position} mm".replace("-", "−")
+        texts.append(Text(top + height + STRIP / 2 - 1, start + width / 2, word))
     return texts
 
 
@@ -187,7 +194,7 @@ def colours(image: NDArray[np.float64], window: tuple[float, float], cmap: str) 
 
 
 def render(
-    mosaic: Mosaic, *, bar: tuple[tuple[float, float], str, str] | None = None, quality: int = 85
+    mosaic: Mosaic, *, bar: tuple[tuple[float, float], str, str] | None = None, quality: int = 80
 ) -> bytes:
     """Encode as JPEG.
 
@@ -198,7 +205,8 @@ def render(
     """
     height, width = mosaic.pixels.shape[:2]
     total = width + (BAR_PIXELS if bar else 0)
-    figure = Figure(figsize=(total / DPI, height / DPI), dpi=DPI, facecolor="black")
+    ink, back = ("black", str(PAPER)) if mosaic.light else ("white", "black")
+    figure = Figure(figsize=(total / DPI, height / DPI), dpi=DPI, facecolor=back)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, width / total, 1.0))
     axes.set_axis_off()
@@ -206,29 +214,30 @@ def render(
     for mask, colour in mosaic.lines:
         if (mask > 0.5).any():
             axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.1)
-    halo = [withStroke(linewidth=2, foreground="black")]
+    halo = [withStroke(linewidth=2, foreground=back)]
     for text in mosaic.texts:
-        size = 9 if len(text.word) == 1 else 7
-        axes.text(
-            text.column, text.row, text.word, color="white", fontsize=size, ha="center",
-            va="center", path_effects=halo,
-        )  # fmt: skip
+        style: dict[str, Any] = {"color": ink, "ha": "center", "va": "center"}
+        size, weight = (9, "bold") if len(text.word) == 1 else (8, "normal")
+        where = (text.column, text.row)
+        axes.text(*where, text.word, size=size, weight=weight, path_effects=halo, **style)
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
     if bar:
-        _colour_bar(figure, bar, width / total)
+        _colour_bar(figure, bar, width / total, ink)
     buffer = io.BytesIO()
     canvas.print_jpg(buffer, pil_kwargs={"quality": quality, "optimize": True})
     return buffer.getvalue()
 
 
-def _colour_bar(figure: Figure, bar: tuple[tuple[float, float], str, str], start: float) -> None:
+def _colour_bar(
+    figure: Figure, bar: tuple[tuple[float, float], str, str], start: float, ink: str
+) -> None:
     """Draw the colour bar with its numbers and unit."""
     window, cmap, label = bar
     room = 1.0 - start
-    axes = figure.add_axes((start + 0.18 * room, 0.12, 0.16 * room, 0.76))
+    axes = figure.add_axes((start + 0.18 * room, 0.1, 0.16 * room, 0.8))
     mappable = ScalarMappable(Normalize(*window), mpl.colormaps[cmap])
     colour_bar = figure.colorbar(mappable, cax=axes)
-    colour_bar.set_label(label, color="white", fontsize=9)
-    colour_bar.outline.set_edgecolor("white")  # type: ignore[operator]
-    axes.tick_params(colors="white", labelsize=8)
+    colour_bar.set_label(label, color=ink, fontsize=9)
+    colour_bar.outline.set_edgecolor(ink)
+    axes.tick_params(colors=ink, labelsize=8)

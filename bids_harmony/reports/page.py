@@ -1,7 +1,8 @@
 """One HTML file per participant, put together from one fragment per scan.
 
-Fragments are self-contained sections. Each carries its own row of the summary table in ``data-*`` attributes, so that the
-page can be rebuilt at any time from the fragments that lie on disk, by whichever job ends last.
+Fragments are self-contained sections. Each carries its own row of the summary table in ``data-*``
+attributes, so that the page can be rebuilt at any time from the fragments that lie on disk, by
+whichever job ends last.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ class SummaryRow:
     site: str
     warnings: int
     errors: int
+    worse: int
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture: data URI, alternative text, caption."""
+    """An embedded picture: data URI, alternative text, title, caption."""
 
     uri: str
     alt: str
+    title: str
     caption: str
 
 
@@ -58,6 +61,8 @@ def render_fragment(report: ScanReport) -> str:
         ``<section>...</section>``; the same text for the same input.
     """
     scene = fig.make_scene(report)
+    verdicts = [verdict(metric) for metric in report.metrics]
+    pairs = zip(report.metrics, verdicts, strict=True)
     return (
         _environment()
         .get_template("scan.html.jinja")
@@ -66,7 +71,8 @@ def render_fragment(report: ScanReport) -> str:
             anchor=anchor(report.stem, report.desc),
             pictures=_pictures(report, scene),
             obliquity=geo.obliquity_degrees(report.affine),
-            verdicts=[verdict(metric) for metric in report.metrics],
+            verdicts=verdicts,
+            worse=[metric.name for metric, word in pairs if word == "worse"],
             sidecar=json.dumps(
                 report.sidecar, indent=2, sort_keys=True, default=str, ensure_ascii=False
             ),
@@ -132,7 +138,7 @@ def render_page(
     subject
         Label without ``sub-``.
     fragments
-        From `render_fragment` and `render_failure`, any order; they are shown in the order of their scans' names.
+        From `render_fragment` and `render_failure`; shown in the order of their scans' names.
     version
         Of this package.
     command_line
@@ -142,7 +148,7 @@ def render_page(
     methods, citations
         Boilerplate for a paper and its references.
     generated
-        Free words for the foot (e.g. a date); nothing is added by itself, so that pages are reproducible.
+        Free words for the foot, e.g. a date; nothing is added by itself: pages are reproducible.
     dataset
         Name of the data set.
 
@@ -173,7 +179,7 @@ def render_page(
 
 
 def anchor(stem: str, desc: str = "") -> str:
-    """Identifier of a scan's section; distinct for distinct stem and desc, whatever their letters."""
+    """Identifier of a scan's section, distinct for distinct stem and desc."""
     name = f"{stem}_desc-{desc}" if desc else stem
     safe = re.sub(r"[^A-Za-z0-9_-]", "-", name)
     if safe == name:
@@ -216,6 +222,7 @@ def summary_row(fragment: str) -> SummaryRow:
             got["data-site"],
             int(got["data-warnings"]),
             int(got["data-errors"]),
+            int(got["data-worse"]),
         )
     except (KeyError, ValueError) as error:
         start = fragment[:60].replace("\n", " ")
@@ -225,7 +232,7 @@ def summary_row(fragment: str) -> SummaryRow:
 
 
 def verdict(metric: Metric) -> str:
-    """``better``, ``worse``, ``unchanged`` (equal to 4 digits), ``n/a``, or empty when no direction is good."""
+    """``better``, ``worse``, ``unchanged`` (to 4 digits), ``n/a``; empty without direction."""
     before, after = metric.before, metric.after
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return "n/a"
@@ -244,7 +251,10 @@ def number(value: float | None) -> str:
 
 
 def paragraphs(text: str) -> Markup:
-    """Boilerplate as HTML: ``# heading`` and ``- item`` lines, paragraphs apart by blank lines; all else is escaped."""
+    """Boilerplate as HTML; all but its structure is escaped.
+
+    ``# heading`` and ``- item`` lines; paragraphs apart by blank lines.
+    """
     parts: list[Markup] = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [line.strip() for line in block.splitlines() if line.strip()]
@@ -279,22 +289,26 @@ def _pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Picture]:
         "before": _jpeg(
             fig.draw_before(scene),
             f"{planes} before harmonization",
-            f"Before. Brain voxels brighter than white: {share[0]}.",
+            "Before",
+            f"Brain voxels brighter than white: {share[0]}.",
         ),
         "after": _jpeg(
             fig.draw_after(scene),
             f"{planes} after harmonization, same slices and grey scale",
-            f"After. Brain voxels brighter than white: {share[1]}.",
+            "After",
+            f"Brain voxels brighter than white: {share[1]}.",
         ),
         "difference": _jpeg(
             fig.draw_difference(scene),
             f"{planes}: change of intensity, red where brighter and blue where darker",
+            "After minus before",
             _difference_caption(report, scene),
         ),
         "mask": _jpeg(
             fig.draw_mask(scene),
             f"{planes} with the outline of the brain mask",
-            "Outline: brain mask. Grey scale: the scan's own.",
+            "Brain mask",
+            "Outlined on the scan, in a grey scale of its own.",
         ),
     }
     return pictures | _optional_pictures(report, scene)
@@ -307,6 +321,7 @@ def _optional_pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Pictur
         pictures["bias"] = _jpeg(
             fig.draw_bias(scene),
             f"Bias field of {report.stem} within the brain mask",
+            "Bias field",
             "Multiplicative field that was divided out; 1 means no correction.",
         )
     if report.registration is not None:
@@ -314,17 +329,19 @@ def _optional_pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Pictur
         name = report.registration.name or "template"
         line = "Outline: the template's brain, the same in both pictures."
         pictures["template"] = _jpeg(
-            template, f"Template {name} with its brain outline", f"Template {name}. {line}"
+            template, f"Template {name} with its brain outline", f"Template {name}", line
         )
         pictures["registered"] = _jpeg(
             scan,
             f"{report.stem} on the template grid with the template's brain outline",
-            f"Scan on the template's grid. {line}",
+            "Scan on the template's grid",
+            line,
         )
     if report.histogram is not None:
         pictures["histogram"] = Picture(
             _uri("png", fig.draw_histogram(report.histogram, report.units)),
-            "Densities of brain intensities before and after harmonization and of the reference domain",
+            "Densities of brain intensities before, after and in the reference domain",
+            "Densities",
             "Dashed: before. Solid: after. Filled: reference domain.",
         )
     return pictures
@@ -336,13 +353,14 @@ def _difference_caption(report: ScanReport, scene: fig.Scene) -> str:
     if limit == 0:
         return "Nothing changed: after equals before in every voxel."
     return (
-        f"After minus before in {report.units}: red is brighter, blue is darker, white is unchanged. The scale ends at "
-        f"±{number(limit)}, the 99th percentile of the absolute change in the brain; larger changes saturate."
+        f"In {report.units}: red is brighter, blue is darker, white is "
+        f"unchanged. The scale ends at ±{number(limit)}, the 99th percentile of the absolute "
+        "change in the brain; larger changes saturate."
     )
 
 
-def _jpeg(data: bytes, alt: str, caption: str) -> Picture:
-    return Picture(_uri("jpeg", data), alt, caption)
+def _jpeg(data: bytes, alt: str, title: str, caption: str) -> Picture:
+    return Picture(_uri("jpeg", data), alt, title, caption)
 
 
 def _uri(kind: str, data: bytes) -> str:
