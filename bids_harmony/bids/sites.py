@@ -27,6 +27,7 @@ SITE_COLUMNS = ("site", "scanner")
 IDENTITY_KEYS = ("Manufacturer", "ManufacturersModelName", "StationName", "InstitutionName")
 NOTHING = "nothing tells the site"
 
+
 class SiteFinder:
     """Find the site of scans of one data set; every table is read once.
 

@@ -32,6 +32,9 @@ AIR_SHARE = 0.02
 #: depth as a share of the bright end.
 RINGING = ((0.5, 0.05), (0.02, 0.25), (0.001, np.inf))
 
+#: Bytes unpacked at a time.
+PIECE = 1 << 20
+
 FloatArray = NDArray[np.float32]
 
 
@@ -76,7 +79,7 @@ def conform(image: SpatialImage | Path | str) -> Conformed:
       above 1 m, or fewer than 8 voxels along an axis are refused; a voxel ratio above 10 or a
       field of view below 100 mm is noted.
 
-    Needs the stored array and one float32 copy of it.
+    Needs little more memory than the float32 result.
 
     Raises
     ------
@@ -89,7 +92,11 @@ def conform(image: SpatialImage | Path | str) -> Conformed:
         return _conform(opened)
     except ScanError as error:
         raise ScanError(f"{name}: {error}") from error
-    except (OSError, EOFError, zlib.error, ValueError, HeaderDataError) as error:
+    except HeaderDataError as error:
+        raise ScanError(
+            f"{name}: the header is not usable ({_first_line(error)}); repair it"
+        ) from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ScanError(
             f"{name}: cannot be read ({_first_line(error)}); the file may be truncated or "
             "damaged, copy or download it again"
@@ -135,6 +142,11 @@ def open_image(path: Path) -> SpatialImage:
         loaded = nib.load(path)
     except ImageFileError as error:
         raise ScanError("this is not a NIfTI file; convert the scan again") from error
+    except (HeaderDataError, ValueError) as error:
+        # With the sform unset, nibabel needs the qform to open a file at all.
+        raise ScanError(
+            f"neither sform nor qform is usable ({_first_line(error)}); repair the header"
+        ) from error
     if not isinstance(loaded, SpatialImage):
         raise ScanError(f"{type(loaded).__name__} is not an image on a grid; convert it to NIfTI")
     return loaded
@@ -192,18 +204,36 @@ def _read(image: SpatialImage) -> FloatArray:
     with np.errstate(over="ignore", invalid="ignore"):
         if not hasattr(proxy, "get_unscaled"):
             return np.array(proxy, dtype=np.float32, order="K")
-        stored = proxy.get_unscaled()
-        # An array unpacked from .gz is ours to change; one mapped from a file is not.
-        ours = stored.dtype == np.dtype("=f4") and stored.flags.writeable
-        ours = ours and not isinstance(stored, np.memmap)
-        data = stored if ours else np.array(stored, dtype=np.float32, order="K")
-        del stored
+        if str(proxy.file_like).endswith(".gz"):
+            data = _unpack(proxy)
+        else:
+            data = np.array(proxy.get_unscaled(), dtype=np.float32, order="K")
         slope, inter = float(proxy.slope), float(proxy.inter)
         if slope != 1:
             data *= np.float32(slope)
         if inter != 0:
             data += np.float32(inter)
     return data
+
+
+def _unpack(proxy: Any) -> FloatArray:
+    """Stored values of a .gz file as float32, converted piece by piece.
+
+    The file is read to its end for the checksum there: nibabel stops before it, and gives wrong
+    voxels for a damaged file.
+    """
+    dtype = np.dtype(proxy.dtype)
+    data = np.empty(int(np.prod(proxy.shape)), np.float32)
+    step = PIECE // dtype.itemsize
+    with gzip.open(proxy.file_like) as stream:
+        stream.seek(proxy.offset)
+        for start in range(0, data.size, step):
+            stop = min(start + step, data.size)
+            piece = stream.read((stop - start) * dtype.itemsize)
+            data[start:stop] = np.frombuffer(piece, dtype)
+        while stream.read(PIECE):
+            pass
+    return data.reshape(proxy.shape, order=proxy.order)
 
 
 def _zero_nonfinite(data: FloatArray) -> tuple[NDArray[np.bool_] | None, list[str]]:
