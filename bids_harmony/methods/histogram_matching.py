@@ -17,17 +17,20 @@ from bids_harmony.imaging.quantiles import (
 from bids_harmony.methods.base import Contract, Volume
 from bids_harmony.methods.statistical import StatisticalMethod, in_mask
 
-QUANTILES = 4001
+KNOTS = 1001
 
 
 class HistogramMatching(StatisticalMethod):
     """Histogram specification with continuous distribution functions.
 
-    Model: quantiles of the brain at `QUANTILES` probabilities, ``sin^2``-spaced so that the tails
-    are kept, averaged over the reference volumes (the barycentre of their distributions in the
-    Wasserstein-2 sense). A scan's value v goes to the reference quantile at F(v), F its mid-rank
-    distribution function. Ties, as in integer-valued images, share one probability on both sides,
-    so that neither leaves steps in the other. Monotone.
+    Model: quantiles of the brain, averaged over the reference volumes (the barycentre of their
+    distributions in the Wasserstein-2 sense), at `KNOTS` probabilities ``sin^2``-spaced to keep
+    the tails, and as many that cut the reference intensities evenly to keep sparse ranges.
+    Row 0 holds the probabilities, row 1 the intensities.
+
+    A scan's value v goes to the reference quantile at F(v), F its mid-rank distribution function.
+    Ties, as in integer-valued images, share one probability on both sides, so that neither
+    leaves steps in the other. Monotone.
     """
 
     name: ClassVar[str] = "histogram-matching"
@@ -40,20 +43,24 @@ class HistogramMatching(StatisticalMethod):
 
     @classmethod
     def _learn(cls, volumes: Sequence[Volume]) -> Float64Array:
-        probability = tail_dense_probabilities(QUANTILES)
-        return np.mean([mid_quantiles(in_mask(v), probability) for v in volumes], axis=0)
+        brains = [in_mask(volume) for volume in volumes]
+        spread = [_probability_of_even_levels(brain) for brain in brains]
+        probability = np.unique([*tail_dense_probabilities(KNOTS), *np.mean(spread, axis=0)])
+        quantiles = [mid_quantiles(brain, probability) for brain in brains]
+        return np.stack([probability, np.mean(quantiles, axis=0)])
 
     @classmethod
     def _check_state(cls, state: Float64Array, shape: tuple[int, ...] | None) -> None:
-        if state.ndim != 1 or state.size < 2 or np.any(np.diff(state) < 0):
-            raise ScanError(f"{cls.name}: quantiles must be a non-decreasing vector")
+        good = state.ndim == 2 and len(state) == 2 and state.shape[1] > 1
+        if not good or np.any(np.diff(state) < 0) or state[1, 0] == state[1, -1]:
+            raise ScanError(f"{cls.name}: quantiles must be two non-decreasing rows")
 
     def _map(
         self, volume: Volume, state: Float64Array
     ) -> tuple[Float64Array, dict[str, Any], tuple[str, ...]]:
         values = in_mask(volume)
         levels, cumulative = mid_cdf(values)
-        targets = np.interp(cumulative, tail_dense_probabilities(state.size), state)
+        targets = np.interp(cumulative, state[0], state[1])
         details = {"distinct_values": int(levels.size)}
         warnings: tuple[str, ...] = ()
         if levels.size < 64:
@@ -61,3 +68,9 @@ class HistogramMatching(StatisticalMethod):
                 f"Only {levels.size} distinct intensities in the brain; steps stay visible.",
             )
         return np.interp(values, levels, targets), details, warnings
+
+
+def _probability_of_even_levels(values: Float64Array) -> Float64Array:
+    """Distribution function at `KNOTS` intensities evenly spaced from minimum to maximum."""
+    levels, cumulative = mid_cdf(values)
+    return np.interp(np.linspace(levels[0], levels[-1], KNOTS), levels, cumulative)

@@ -20,16 +20,19 @@ MIN_VOXELS = 50
 class Ssimh(StatisticalMethod):
     """The lowest 3 x 3 cosine coefficients of each axial slice come from the reference domain.
 
-    Model: per axial slice the orthonormal DCT-II coefficients 0..2 in both directions of the
-    skull-stripped slice, divided by its number of brain voxels, averaged over the reference
-    volumes that have brain there. A slice without brain in the reference holds zeros and is left
-    alone, and so is one with fewer than 50 brain voxels in the scan.
+    Coefficients are those of the orthonormal DCT-II, orders 0..2 in both directions, of the
+    skull-stripped slice. The zero background takes part in the transform, so they also tell how
+    large the brain is, and a plain swap would darken a brain larger than the reference's.
+    Hence the reference slice is taken as its mean intensity times its mask plus a rest: the scan
+    gets the mean times the coefficients of its OWN mask, plus the rest's coefficients. With equal
+    masks this is the plain swap; brains that differ in size only are left as they are.
 
-    The zero background takes part in the transform: a larger brain has larger coefficients at the
-    same intensities. A plain swap would darken large brains, so coefficients are compared per
-    brain voxel and multiplied by the scan's own count; with equal masks this is the plain swap.
+    Model, per slice: mean intensity (kept at order 0, 0, where the rest is zero by definition) and
+    the rest's coefficients, averaged over the reference volumes with 50 brain voxels or more
+    there. Slices with fewer in the scan or in all reference volumes are left alone.
+
     The swap adds a smooth field to the whole slice; outside the mask the field is dropped, so the
-    result's coefficients equal the reference's only where the mask fills the slice. Not monotone:
+    result's coefficients equal the wanted ones only where the mask fills the slice. Not monotone:
     the field depends on position.
     """
 
@@ -47,8 +50,13 @@ class Ssimh(StatisticalMethod):
         total = np.zeros((volumes[0].data.shape[2], ORDER, ORDER))
         present = np.zeros(len(total))
         for volume in volumes:
-            usable = _voxels(volume) >= MIN_VOXELS
-            total[usable] += _coefficients(volume)[usable] / _voxels(volume)[usable, None, None]
+            voxels = volume.mask.sum(axis=(0, 1))
+            usable = voxels >= MIN_VOXELS
+            coefficients, shape = _coefficients(volume)
+            mean = coefficients[:, 0, 0] / np.where(usable, shape[:, 0, 0], 1)
+            rest = coefficients - mean[:, None, None] * shape
+            rest[:, 0, 0] = mean
+            total[usable] += rest[usable]
             present += usable
         return total / np.maximum(present, 1)[:, None, None]
 
@@ -64,9 +72,12 @@ class Ssimh(StatisticalMethod):
     def _map(
         self, volume: Volume, state: Float64Array
     ) -> tuple[Float64Array, dict[str, Any], tuple[str, ...]]:
-        voxels = _voxels(volume)
+        voxels = volume.mask.sum(axis=(0, 1))
         swapped = (voxels >= MIN_VOXELS) & state.any(axis=(1, 2))
-        step = state * voxels[:, None, None] - _coefficients(volume)
+        coefficients, shape = _coefficients(volume)
+        rest = state.copy()
+        rest[:, 0, 0] = 0
+        step = state[:, :1, :1] * shape + rest - coefficients
         spectrum = np.zeros(volume.data.shape)
         spectrum[:ORDER, :ORDER, swapped] = np.moveaxis(step[swapped], 0, 2)
         field = fft.idctn(spectrum, axes=(0, 1), norm="ortho")
@@ -77,13 +88,11 @@ class Ssimh(StatisticalMethod):
         return (volume.data + field)[volume.mask], details, ()
 
 
-def _coefficients(volume: Volume) -> Float64Array:
-    """Lowest orthonormal DCT-II coefficients of the masked axial slices, shape (Z, 3, 3)."""
+def _coefficients(volume: Volume) -> tuple[Float64Array, Float64Array]:
+    """Lowest DCT coefficients of the masked axial slices and of the mask, each (Z, 3, 3)."""
     brain = np.where(volume.mask, volume.data, 0).astype(np.float64)
-    spectrum = fft.dctn(brain, axes=(0, 1), norm="ortho")[:ORDER, :ORDER]
-    return np.moveaxis(spectrum, 2, 0)
-
-
-def _voxels(volume: Volume) -> Float64Array:
-    """Number of brain voxels per axial slice, shape (Z,)."""
-    return volume.mask.sum(axis=(0, 1)).astype(np.float64)
+    low = [
+        fft.dctn(image, axes=(0, 1), norm="ortho")[:ORDER, :ORDER]
+        for image in (brain, volume.mask.astype(np.float64))
+    ]
+    return np.moveaxis(low[0], 2, 0), np.moveaxis(low[1], 2, 0)

@@ -1,0 +1,535 @@
+"""One contract for every method, and each statistical method against independent arithmetic."""
+
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import fft, ndimage, stats
+from skimage.exposure import match_histograms
+
+from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.imaging.quantiles import mid_quantiles
+from bids_harmony.methods import registry
+from bids_harmony.methods.base import Volume
+from bids_harmony.methods.histogram_matching import HistogramMatching
+from bids_harmony.methods.nyul import PERCENTILES, Nyul
+from bids_harmony.methods.ssimh import Ssimh
+from bids_harmony.methods.wm_peak import WhiteMatterPeak, find_peak
+from bids_harmony.methods.zscore import ZScore
+
+METHODS = sorted(registry.available())
+MONOTONE = [name for name in METHODS if registry.available()[name].monotone]
+SHAPE = (44, 50, 40)
+TISSUES = {"T1w": (0.25, 0.6, 0.88), "T2w": (1.0, 0.55, 0.4), "FLAIR": (0.15, 0.75, 0.6)}
+
+
+def brain(seed=0, modality="T1w", gain=1.0, gamma=1.0, noise=0.02, bias=0.0, atrophy=0.0):
+    """Brain of white core, folded grey shell, fluid rim and ventricle, on a 3 mm grid."""
+    rng = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
+    wobble = ndimage.gaussian_filter(rng.normal(size=SHAPE), 3)
+    radius = np.sqrt(x**2 + y**2 + z**2) + 0.05 * wobble / wobble.std()
+    mask = np.sqrt(x**2 + y**2 + z**2) < 0.85
+    fluid, grey, white = TISSUES[modality]
+    data = np.select(
+        [radius < 0.15 + atrophy, radius < 0.58, radius < 0.76 - atrophy],
+        [fluid, white, grey],
+        fluid,
+    )
+    data = ndimage.gaussian_filter(data, 0.6) ** gamma * gain * (1 + bias * x)
+    data = np.abs(data + rng.normal(0, noise, SHAPE))
+    return Volume(
+        np.where(mask, data, 0).astype(np.float32), mask, modality, (3.0,) * 3, "a", f"sub-{seed}"
+    )
+
+
+def fitted(name, volumes=None):
+    return registry.load(name).fit(volumes or [brain(1), brain(2)], seed=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_output_contract(name):
+    scan = brain(5, gain=0.7, gamma=1.3)
+    data, mask = scan.data.copy(), scan.mask.copy()
+    model = fitted(name)
+    result = model.harmonize(scan, seed=3)
+    assert np.array_equal(scan.data, data)
+    assert np.array_equal(scan.mask, mask)
+    assert result.data.dtype == np.float32
+    assert result.data.shape == SHAPE
+    assert np.isfinite(result.data).all()
+    assert result.data.min() >= 0
+    assert np.all(result.data[~mask] == 0)
+    assert not np.array_equal(result.data, data)
+    again = model.harmonize(scan, seed=3)
+    assert np.array_equal(result.data, again.data)
+    assert result.details == again.details
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_lies_outside_the_mask_has_no_say(name):
+    scan = brain(5)
+    spoiled = replace(scan, data=np.where(scan.mask, scan.data, 17).astype(np.float32))
+    model = fitted(name)
+    assert np.array_equal(
+        model.harmonize(scan, seed=0).data, model.harmonize(spoiled, seed=0).data
+    )
+    other = registry.load(name).fit([spoiled], seed=0).arrays()
+    for key, value in fitted(name, [scan]).arrays().items():
+        assert np.array_equal(value, other[key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_harmonized_is_nearer_to_the_reference_domain(name):
+    """The same brain at the reference site is the truth (travelling subject)."""
+    truth, scan = brain(5), brain(5, gain=0.75)
+    result = fitted(name, [brain(s) for s in (1, 2, 3)]).harmonize(scan, seed=0)
+    before = np.abs(scan.data - truth.data)[truth.mask].mean()
+    after = np.abs(result.data - truth.data)[truth.mask].mean()
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_reference_volume_comes_back(name):
+    scan = brain(1)
+    result = fitted(name, [scan]).harmonize(scan, seed=0)
+    assert np.abs(result.data - scan.data).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_rebuilds_the_method(name):
+    model = fitted(name, [brain(1), brain(2, "T2w"), brain(3, "FLAIR")])
+    assert set(model.contract.modalities) == {"T1w", "T2w", "FLAIR"}
+    twin = registry.load(name).from_state(model.arrays(), model.params())
+    assert twin.contract == model.contract
+    for modality in ("T1w", "T2w", "FLAIR"):
+        scan = brain(5, modality, gain=0.8)
+        expected = model.harmonize(scan, seed=0).data
+        assert np.array_equal(twin.harmonize(scan, seed=0).data, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_modalities_do_not_mix(name):
+    alone = fitted(name, [brain(1)]).harmonize(brain(5), seed=0).data
+    both = fitted(name, [brain(1), brain(2, "T2w")]).harmonize(brain(5), seed=0).data
+    assert np.array_equal(alone, both)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_contract_for_matches_the_card(name):
+    card = registry.available()[name]
+    contract = registry.load(name).contract_for(["T1w", "T2w"])
+    assert contract.modalities == ("T1w", "T2w")
+    assert contract.grid == card.grid
+    assert (contract.resolution is None) == (card.grid == "native")
+    assert contract == fitted(name, [brain(1), brain(2, "T2w")]).contract
+
+
+@pytest.mark.parametrize("name", MONOTONE)
+def test_rank_order_is_kept(name):
+    scan = brain(5, gain=0.7, gamma=1.4)
+    result = fitted(name).harmonize(scan, seed=0).data[scan.mask]
+    order = np.argsort(scan.data[scan.mask], kind="stable")
+    assert np.all(np.diff(result[order]) >= 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(MONOTONE)))
+def test_methods_not_called_monotone_are_not(name):
+    """A card that says less than the truth would switch off a check for nothing."""
+    scan = brain(5, bias=0.3)
+    result = fitted(name).harmonize(scan, seed=0).data[scan.mask]
+    order = np.argsort(scan.data[scan.mask], kind="stable")
+    assert np.any(np.diff(result[order]) < 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_errors_name_the_scan_and_the_cure(name):
+    model, scan = fitted(name), brain(5)
+    with pytest.raises(ScanError, match=r"sub-5: .* fitted on T1w only; train it on T2w"):
+        model.harmonize(replace(scan, modality="T2w"), seed=0)
+    spoiled = {
+        "mask is empty": replace(scan, mask=np.zeros_like(scan.mask)),
+        "all brain voxels have the value 0.5": replace(scan, data=np.full_like(scan.data, 0.5)),
+        "NaN or infinite": replace(scan, data=np.where(scan.data > 0.8, np.nan, scan.data)),
+        "differ in shape": replace(scan, mask=scan.mask[1:]),
+    }
+    for message, volume in spoiled.items():
+        with pytest.raises(ScanError, match=f"sub-5: .*{message}"):
+            model.harmonize(volume, seed=0)
+        with pytest.raises(ScanError, match=f"sub-5: .*{message}"):
+            registry.load(name).fit([scan, volume], seed=0)
+    with pytest.raises(ScanError, match="no reference volume"):
+        registry.load(name).fit([], seed=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_impossible_states_are_refused(name):
+    model = fitted(name)
+    arrays, params = model.arrays(), model.params()
+    (key,) = arrays
+    cls = registry.load(name)
+    for wrong in (
+        {},
+        {**arrays, "T2w/other": np.zeros(3)},
+        {key: np.full_like(arrays[key], np.nan)},
+        {key: arrays[key][..., None]},
+        {key: -np.abs(arrays[key])[::-1] * 0},
+    ):
+        with pytest.raises(ScanError):
+            cls.from_state(wrong, params)
+
+
+# --- histogram matching
+
+
+def test_histogram_matching_agrees_with_scikit_image():
+    scan, reference = brain(5, gain=0.7, gamma=1.4), brain(1)
+    result = fitted("histogram-matching", [reference]).harmonize(scan, seed=0).data[scan.mask]
+    expected = match_histograms(scan.data[scan.mask], reference.data[reference.mask])
+    assert np.abs(result - expected).mean() < 1e-4
+    assert np.quantile(np.abs(result - expected), 0.999) < 5e-3
+
+
+def test_mean_quantiles_of_several_volumes():
+    volumes = [brain(1), brain(2, gain=1.2)]
+    scan = brain(5)
+    result = fitted("histogram-matching", volumes).harmonize(scan, seed=0).data[scan.mask]
+    for p in (0.05, 0.3, 0.5, 0.8, 0.99):
+        mean = np.mean([np.quantile(v.data[v.mask], p) for v in volumes])
+        assert np.quantile(result, p) == pytest.approx(mean, abs=2e-3)
+
+
+def test_eight_bit_images_leave_no_bands():
+    """An 8-bit reference leaves no steps in a continuous scan, and levels stay evenly apart."""
+    fine = brain(1)
+    coarse = replace(fine, data=np.round(fine.data * 100).astype(np.float32) / 100)
+    result = fitted("histogram-matching", [coarse]).harmonize(brain(5), seed=0)
+    assert np.unique(result.data).size > 0.9 * np.unique(brain(5).data).size
+    mapped = fitted("histogram-matching", [fine]).harmonize(coarse, seed=0).data
+    assert np.abs(mapped - fine.data)[fine.mask].max() < 0.02
+    assert np.abs(mapped - coarse.data)[fine.mask].mean() < 0.001
+
+
+def test_few_levels_are_reported():
+    scan = brain(5)
+    coarse = replace(scan, data=np.round(scan.data * 20).astype(np.float32) / 20)
+    result = fitted("histogram-matching").harmonize(coarse, seed=0)
+    assert any("distinct intensities" in sentence for sentence in result.warnings)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=hnp.arrays(np.float32, (4, 4, 4), elements=st.floats(0, 1, width=16)),
+    target=hnp.arrays(np.float32, (4, 4, 4), elements=st.floats(0, 1, width=16)),
+    name=st.sampled_from(["histogram-matching", "nyul", "zscore"]),
+)
+def test_maps_are_monotone_for_any_intensities(source, target, name):
+    mask = np.ones(source.shape, bool)
+    source[0, 0, :2], target[0, 0, :2] = (0, 1), (0, 1)
+    model = registry.load(name).fit([Volume(target, mask, "T1w")], seed=0)
+    result = model.harmonize(Volume(source, mask, "T1w"), seed=0).data
+    order = np.argsort(source, axis=None, kind="stable")
+    assert np.all(np.diff(result.ravel()[order]) >= 0)
+    assert np.isfinite(result).all()
+    for level in np.unique(source)[:5]:
+        assert np.unique(result[source == level]).size == 1
+
+
+def test_mid_quantiles_equal_hazens():
+    values = np.random.default_rng(0).normal(size=1000)
+    p = np.linspace(0.01, 0.99, 57)
+    assert mid_quantiles(values, p) == pytest.approx(np.quantile(values, p, method="hazen"))
+
+
+# --- z-score, Nyul
+
+
+def test_zscore_agrees_with_scipy():
+    scan, volumes = brain(5, gain=0.7), [brain(1), brain(2)]
+    values = [v.data[v.mask].astype(float) for v in volumes]
+    mean, sd = np.mean([v.mean() for v in values]), np.mean([v.std() for v in values])
+    expected = np.maximum(stats.zscore(scan.data[scan.mask].astype(float)) * sd + mean, 0)
+    result = fitted("zscore", volumes).harmonize(scan, seed=0)
+    assert result.data[scan.mask] == pytest.approx(expected, abs=1e-6)
+
+
+def test_zscore_reports_clipped_voxels():
+    flat = brain(1, noise=0.0)
+    wide = replace(flat, data=np.where(flat.mask, flat.data * 3, 0).astype(np.float32))
+    low = replace(flat, data=np.where(flat.mask, flat.data**6, 0).astype(np.float32))
+    model = ZScore.fit([low], seed=0)
+    result = model.harmonize(wide, seed=0)
+    expected = model.arrays()["T1w/moments"]
+    assert result.details["clipped_fraction"] > 0.01
+    assert expected[0] == pytest.approx(low.data[low.mask].mean(), rel=1e-5)
+    assert any("set to 0" in sentence for sentence in result.warnings)
+
+
+def test_nyul_moves_landmarks_to_the_standard_scale():
+    volumes = [brain(1), brain(2, gain=1.3, gamma=0.9)]
+    found = np.array([np.percentile(v.data[v.mask].astype(float), PERCENTILES) for v in volumes])
+    low, high = found[:, 0].mean(), found[:, -1].mean()
+    rescaled = [np.interp(row, (row[0], row[-1]), (low, high)) for row in found]
+    model = Nyul.fit(volumes, seed=0)
+    assert model.arrays()["T1w/landmarks"] == pytest.approx(np.mean(rescaled, axis=0), abs=1e-4)
+    scan = brain(5, gain=0.6, gamma=1.3)
+    result = model.harmonize(scan, seed=0).data[scan.mask]
+    standard = model.arrays()["T1w/landmarks"]
+    assert np.percentile(result, PERCENTILES) == pytest.approx(standard, abs=2e-3)
+    # Beyond percentile 99 the last segment goes on.
+    own = np.percentile(scan.data[scan.mask].astype(float), PERCENTILES)
+    slope = (standard[-1] - standard[-2]) / (own[-1] - own[-2])
+    top = standard[-1] + slope * (scan.data[scan.mask].max() - own[-1])
+    assert result.max() == pytest.approx(top, rel=2e-3)
+
+
+def test_nyul_merges_tied_landmarks():
+    scan = brain(5)
+    coarse = replace(scan, data=np.where(scan.mask, np.round(scan.data * 3) / 3, 0))
+    result = fitted("nyul").harmonize(coarse, seed=0)
+    assert any("landmarks differ" in sentence for sentence in result.warnings)
+    tied = Nyul.fit([coarse], seed=0).arrays()["T1w/landmarks"]
+    assert np.all(np.diff(tied) > 0)
+
+
+# --- white-matter peak
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"noise": 0.06}, {"bias": 0.08}, {"atrophy": 0.12}, {"noise": 0.05, "atrophy": 0.08}],
+    ids=str,
+)
+@pytest.mark.parametrize("gain", [0.5, 1.0, 300.0])
+def test_white_matter_peak_is_found(kwargs, gain):
+    scan = brain(3, **kwargs)
+    scan = replace(scan, data=scan.data * np.float32(gain))
+    assert find_peak(scan) == pytest.approx(0.88 * gain, rel=0.02)
+
+
+@pytest.mark.parametrize(("modality", "peak"), [("T2w", 0.4), ("FLAIR", 0.6)])
+def test_main_tissue_peak_of_the_other_modalities(modality, peak):
+    assert find_peak(brain(3, modality)) == pytest.approx(peak, rel=0.03)
+    assert find_peak(brain(3, modality, atrophy=0.1)) == pytest.approx(peak, rel=0.03)
+
+
+def test_wm_peak_is_one_factor():
+    scan, model = brain(5, gain=0.4), WhiteMatterPeak.fit([brain(1), brain(2), brain(3)], seed=0)
+    result = model.harmonize(scan, seed=0)
+    ratio = result.data[scan.mask] / scan.data[scan.mask]
+    assert ratio == pytest.approx(result.details["factor"], rel=1e-5)
+    assert result.details["factor"] == pytest.approx(2.5, rel=0.03)
+    assert any("unusual factor" in sentence for sentence in result.warnings)
+
+
+# --- SSIMH
+
+
+def test_ssimh_equals_a_plain_swap_where_the_mask_fills_the_slice():
+    rng = np.random.default_rng(0)
+    mask = np.ones((16, 20, 5), bool)
+    scan, *references = (
+        Volume(rng.uniform(0.5, 1, mask.shape).astype(np.float32), mask, "T1w") for _ in range(3)
+    )
+    result = Ssimh.fit(references, seed=0).harmonize(scan, seed=0).data
+    for z in range(5):
+        spectrum = fft.dctn(scan.data[..., z].astype(float), norm="ortho")
+        low = [fft.dctn(r.data[..., z].astype(float), norm="ortho")[:3, :3] for r in references]
+        spectrum[:3, :3] = np.mean(low, axis=0)
+        expected = np.maximum(fft.idctn(spectrum, norm="ortho"), 0)
+        assert result[..., z] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssimh_with_equal_masks_is_a_masked_plain_swap():
+    scan, reference = brain(5, gain=0.7), brain(1)
+    result = Ssimh.fit([reference], seed=0).harmonize(scan, seed=0).data
+    z = SHAPE[2] // 2
+    spectrum = fft.dctn(scan.data[..., z].astype(float), norm="ortho")
+    spectrum[:3, :3] = fft.dctn(reference.data[..., z].astype(float), norm="ortho")[:3, :3]
+    expected = np.where(scan.mask[..., z], np.maximum(fft.idctn(spectrum, norm="ortho"), 0), 0)
+    assert result[..., z] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssimh_does_not_darken_a_larger_brain():
+    """A small and a large brain of one intensity: the swap must not read size as brightness."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    noise = np.random.default_rng(0).normal(0, 0.02, SHAPE)
+    small, large = (
+        Volume(np.where(radius < r, 0.7 + noise, 0).astype(np.float32), radius < r, "T1w")
+        for r in (0.75, 0.85)
+    )
+    result = Ssimh.fit([small], seed=0).harmonize(large, seed=0)
+    centre = SHAPE[2] // 2
+    inside = large.mask[..., centre]
+    assert result.data[..., centre][inside].mean() == pytest.approx(0.7, rel=0.04)
+    assert result.details["slices_left"] > 0  # the large brain's top slices have no reference
+    top = np.flatnonzero(large.mask.any(axis=(0, 1)))[-1]
+    assert np.array_equal(result.data[..., top], large.data[..., top])
+
+
+def test_ssimh_needs_its_own_grid():
+    model, scan = fitted("ssimh"), brain(5)
+    cut = replace(scan, data=scan.data[:-1], mask=scan.mask[:-1])
+    with pytest.raises(ScanError, match="resample to the model's grid"):
+        model.harmonize(cut, seed=0)
+    with pytest.raises(ScanError, match="resample to the model's grid"):
+        Ssimh.fit([scan, cut], seed=0)
+
+
+# --- registry and cards
+
+
+def test_built_in_methods_have_a_card_each():
+    cards = registry.available()
+    assert {"histogram-matching", "nyul", "ssimh", "wm-peak", "zscore"} <= cards.keys()
+    for name, card in cards.items():
+        assert registry.load(name).name == card.name == name
+        assert card.summary.endswith(".")
+        assert card.citation
+
+
+def test_cards_are_read_without_importing_any_method():
+    code = """
+        import sys
+        from bids_harmony.methods.registry import available
+        available()
+        heavy = {"torch", "scipy", "ants", "numpy", "nibabel", "nipype"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_table_has_a_row_per_method():
+    rows = registry.methods_table().strip().splitlines()
+    assert len(rows) == len(METHODS) + 2
+    assert len({row.count("|") for row in rows}) == 1
+    assert any(row.startswith("| `ssimh` | statistical | T1w, T2w, FLAIR") for row in rows)
+
+
+PLUGIN = """
+from bids_harmony.methods.zscore import ZScore
+
+
+class Fancy(ZScore):
+    name = "fancy"
+"""
+CARD = """
+name = "fancy"
+title = "Fancy"
+summary = "A plug-in."
+kind = "statistical"
+modalities = ["T1w"]
+sites_to_train = 1
+paired = false
+labels = false
+grid = "native"
+memory_gb = 0.5
+devices = ["cpu"]
+monotone = true
+status = "experimental"
+citation = "Nobody 2020."
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Install a distribution with one file, one card and one entry point."""
+
+    def install(dist, module="plug.deep.fancy_method", name="fancy", card=CARD, source=PLUGIN):
+        root = tmp_path / dist
+        *packages, stem = module.split(".")
+        folder = root.joinpath(*packages)
+        folder.mkdir(parents=True)
+        for depth in range(1, len(packages) + 1):
+            # Reading the card must not run the package.
+            init = root.joinpath(*packages[:depth]) / "__init__.py"
+            init.write_text("import builtins\nbuiltins.plugin_was_imported = True\n")
+        (folder / f"{stem}.py").write_text(source)
+        if card:
+            (folder / f"{name}.toml").write_text(card)
+        info = root / f"{dist}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            f"[bids_harmony.methods]\n{name} = {module}:Fancy\n"
+        )
+        monkeypatch.syspath_prepend(str(root))
+        for loaded in [key for key in sys.modules if key.split(".")[0] == packages[0]]:
+            monkeypatch.delitem(sys.modules, loaded)
+
+    return install
+
+
+def test_plugin_is_found_and_loaded(plugin):
+    import builtins
+
+    plugin("fancy_dist")
+    card = registry.available()["fancy"]
+    assert (card.target, card.status) == ("plug.deep.fancy_method:Fancy", "experimental")
+    assert not hasattr(builtins, "plugin_was_imported")
+    try:
+        model = registry.load("fancy").fit([brain(1)], seed=0)
+    finally:
+        del builtins.plugin_was_imported
+    assert model.harmonize(brain(5), seed=0).data.max() > 0
+    assert "| `fancy` |" in registry.methods_table()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"name": "nyul", "card": CARD.replace("fancy", "nyul")}, "two methods are named 'nyul'"),
+        ({"card": ""}, "fancy.toml: the method card of 'fancy' cannot be read"),
+        ({"card": CARD.replace('"fancy"', '"other"')}, "the card is named 'other'"),
+        ({"card": CARD.replace('grid = "native"', "")}, "lacks grid"),
+        ({"card": CARD + 'colour = "red"\n'}, "unknown fields colour"),
+        ({"card": CARD.replace("paired = false", 'paired = "no"')}, "paired must be bool"),
+        ({"card": CARD.replace("memory_gb = 0.5", "memory_gb = true")}, "memory_gb must be float"),
+        ({"card": CARD.replace('["cpu"]', "[1]")}, "devices must be"),
+        ({"card": CARD.replace('"statistical"', '"magic"')}, "kind must be"),
+        ({"card": "name = "}, "not valid TOML"),
+    ],
+)
+def test_broken_plugins_are_named(plugin, kwargs, message):
+    plugin("broken_dist", **kwargs)
+    with pytest.raises(UsageError, match=message):
+        registry.available()
+
+
+def test_two_plugins_with_one_name(plugin):
+    plugin("dist_one", module="plug_one.fancy")
+    plugin("dist_two", module="plug_two.fancy")
+    with pytest.raises(UsageError, match=r"dist_(one|two).*dist_(one|two).*uninstall one"):
+        registry.available()
+
+
+def test_a_missing_module_is_named(plugin, tmp_path):
+    plugin("ghost_dist", module="ghost.method")
+    (tmp_path / "ghost_dist" / "ghost" / "method.py").unlink()
+    with pytest.raises(UsageError, match=r"ghost_dist offers a method in ghost\.method"):
+        registry.available()
+
+
+def test_load_says_what_is_wrong(plugin):
+    with pytest.raises(UsageError, match=r"no method is named 'nyull'; choose from .*nyul"):
+        registry.load("nyull")
+    plugin("bad_dist", source="import no_such_module\n")
+    with pytest.raises(UsageError, match="cannot be loaded: No module named 'no_such_module'"):
+        registry.load("fancy")
+
+
+def test_load_refuses_what_is_not_a_method(plugin):
+    plugin("odd_dist", source="class Fancy:\n    name = 'fancy'\n")
+    with pytest.raises(UsageError, match="not a harmonization method"):
+        registry.load("fancy")
+
+
+def test_classes_are_those_of_the_cards():
+    assert registry.load("histogram-matching") is HistogramMatching
