@@ -86,8 +86,14 @@ def voxel_factors(affine: Array, spacing: float) -> tuple[int, int, int]:
     return shrink_factors(np.linalg.norm(affine[:3, :3], axis=0), spacing)
 
 
-def fit_bias(ants: Any, data: Array, affine: Array, mask: Array | None = None) -> Array:
-    """N4 bias field of a scan on the grid of `coarse` at 4 mm (Tustison 2010).
+def fit_bias(
+    ants: Any,
+    data: Array,
+    affine: Array,
+    mask: Array | None = None,
+    spacing: float = N4_SPACING,
+) -> Array:
+    """N4 bias field of a scan on the grid of `coarse` (Tustison 2010).
 
     Parameters
     ----------
@@ -100,11 +106,11 @@ def fit_bias(ants: Any, data: Array, affine: Array, mask: Array | None = None) -
     -------
     Coarse field, positive, mean 1 over the fitted voxels.
     """
-    small, grid = coarse(data, affine, N4_SPACING)
+    small, grid = coarse(data, affine, spacing)
     if mask is None:
         inside = small > 0.1 * np.percentile(small, 98)
     else:
-        inside = (coarse(mask.astype(np.float32), affine, N4_SPACING)[0] > 0.5) & (small > 0)
+        inside = (coarse(mask.astype(np.float32), affine, spacing)[0] > 0.5) & (small > 0)
     if inside.sum() < 100:
         raise ScanError("the brain mask holds too few voxels above zero to fit a bias field")
     level = float(np.median(small[inside]))
@@ -122,10 +128,10 @@ def fit_bias(ants: Any, data: Array, affine: Array, mask: Array | None = None) -
     return np.clip(field, *BIAS_LIMITS).astype(np.float32)
 
 
-def divide_by_bias(data: Array, affine: Array, field: Array) -> Array:
+def divide_by_bias(data: Array, affine: Array, field: Array, spacing: float = N4_SPACING) -> Array:
     """Divide a scan by the coarse field of `fit_bias`; exact zeros stay exact zeros."""
     out = np.empty(data.shape, np.float32)
-    factors = voxel_factors(affine, N4_SPACING)
+    factors = voxel_factors(affine, spacing)
     log_field = np.log(field)
     for start in range(0, data.shape[2], 32):
         slab = slice(start, min(start + 32, data.shape[2]))

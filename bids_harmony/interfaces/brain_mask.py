@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bids_harmony.imaging.mask import fill_holes, largest_component
+from bids_harmony.imaging.mask import fill_holes, largest_component, upsample
 from bids_harmony.interfaces.ants_functions import (
+    Array,
     best_start,
     coarse,
     divide_by_bias,
@@ -19,21 +20,81 @@ from bids_harmony.interfaces.ants_functions import (
     register,
     starts,
     to_ants,
+    voxel_factors,
 )
 
-Array = NDArray[Any]
 HEAD = "head_T1w.nii.gz"
 HEAD_MASK = "head_brain_probability.nii.gz"
+SPACING = 2.0
+ROUGH_BIAS_SPACING = 8.0
 VOLUME_LIMITS = (900.0, 2000.0)
 
 
-def head_template() -> tuple[Array, Array, Array]:
-    """Head template, brain probability (0..1) and affine, 2 mm, MNI space."""
+@dataclass(frozen=True)
+class Head:
+    """A head to register to.
+
+    Attributes
+    ----------
+    data
+        T1-weighted head, shape (X, Y, Z); zero where nothing is known.
+    probability
+        Probability of brain, same shape, 0..1.
+    affine
+        RAS affine.
+    """
+
+    data: Array
+    probability: Array
+    affine: Array
+
+
+def head_template() -> Head:
+    """Head template that ships with the package: 2 mm, MNI space."""
     folder = files("bids_harmony.data") / "templates"
     with as_file(folder / HEAD) as head, as_file(folder / HEAD_MASK) as brain:
         data, affine = load(head)
         probability, _ = load(brain)
-    return data, probability / 255.0, affine
+    return Head(data, probability / 255.0, affine)
+
+
+def working_copy(ants: Any, data: Array, affine: Array) -> tuple[Array, Array]:
+    """The scan at 2 mm (thick slices stay thick), its strongest shading removed, and its affine."""
+    small, grid = coarse(data, affine, SPACING)
+    field = fit_bias(ants, small, grid, spacing=ROUGH_BIAS_SPACING)
+    return divide_by_bias(small, grid, field, spacing=ROUGH_BIAS_SPACING), grid
+
+
+def register_head(
+    ants: Any, head: Head, scan: tuple[Array, Array], folder: Path
+) -> tuple[list[str], list[str]]:
+    """Affine and SyN registration of a head to the template.
+
+    Returns
+    -------
+    Transform files scan -> template, and template -> scan (give these with
+    ``whichtoinvert=[True, False]``).
+    """
+    rough = [coarse(head.data, head.affine, 4.0), coarse(*scan, 4.0)]
+    pair = [to_ants(ants, *item) for item in rough]
+    start = best_start(ants, pair[0], pair[1], starts(rough[0], rough[1]), folder)
+    fixed, moving = to_ants(ants, head.data, head.affine), to_ants(ants, *scan)
+    region = to_ants(ants, head.data > 0, head.affine)
+    found = register(ants, fixed, moving, "Affine", [start], folder / "affine_", region)
+    forward = register(ants, fixed, moving, "SyN", found, folder / "syn_", region, (40, 20, 0))
+    return forward, [forward[1], forward[0].replace("1Warp", "1InverseWarp")]
+
+
+def warped_prior(ants: Any, head: Head, scan: tuple[Array, Array], backward: list[str]) -> Array:
+    """Brain probability of the template on the scan's grid, 0..1."""
+    return np.asarray(
+        ants.apply_transforms(
+            to_ants(ants, *scan),
+            to_ants(ants, head.probability, head.affine),
+            backward,
+            whichtoinvert=[True, False],
+        ).numpy()
+    )
 
 
 def brain_mask(ants: Any, data: Array, affine: Array, folder: Path) -> tuple[Array, list[str]]:
@@ -52,24 +113,13 @@ def brain_mask(ants: Any, data: Array, affine: Array, folder: Path) -> tuple[Arr
     -------
     Mask (uint8) on the scan's grid, and warnings.
     """
-    head, probability, grid = head_template()
-    corrected = divide_by_bias(data, affine, fit_bias(ants, data, affine))
-    small, small_grid = coarse(corrected, affine, 2.0)
-    rough = [coarse(head, grid, 4.0), coarse(small, small_grid, 4.0)]
-    pair = [to_ants(ants, *item) for item in rough]
-    start = best_start(ants, pair[0], pair[1], starts(rough[0], rough[1]), folder)
-    fixed, moving = to_ants(ants, head, grid), to_ants(ants, small, small_grid)
-    region = to_ants(ants, head > 0, grid)
-    found = register(ants, fixed, moving, "Affine", [start], folder / "affine_", region)
-    warped = register(ants, fixed, moving, "SyN", found, folder / "syn_", region, (40, 20, 0))
-    back = [warped[1], warped[0].replace("1Warp", "1InverseWarp")]
-    prior = ants.apply_transforms(
-        to_ants(ants, data, affine),
-        to_ants(ants, probability, grid),
-        back,
-        whichtoinvert=[True, False],
-    ).numpy()
-    mask = fill_holes(largest_component(prior > 0.5))
+    head = head_template()
+    scan = working_copy(ants, data, affine)
+    _, backward = register_head(ants, head, scan, folder)
+    prior = warped_prior(ants, head, scan, backward)
+    small = fill_holes(largest_component(prior > 0.5))
+    level = upsample(small.astype(np.float32), data.shape, voxel_factors(affine, SPACING))
+    mask = fill_holes(largest_component(level > 0.5))
     return mask.astype(np.uint8), volume_warnings(mask, affine)
 
 

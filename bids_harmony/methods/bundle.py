@@ -55,8 +55,7 @@ class LoadedBundle:
     @property
     def output_scale(self) -> dict[str, IntensityScale]:
         """Per modality the reference domain's intensity scale; empty when meta has none."""
-        scales = self.meta.get("output_scale", {})
-        return {key: IntensityScale.from_dict(value) for key, value in scales.items()}
+        return _output_scale(self.meta)
 
 
 def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Path:
@@ -101,8 +100,7 @@ def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Pat
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}: the bundle's description is not JSON: {error}") from error
-    for scale in meta.get("output_scale", {}).values():
-        IntensityScale.from_dict(scale)
+    _output_scale(meta)
     files = {
         MODEL: text.encode(),
         WEIGHTS: weights,
@@ -143,6 +141,13 @@ def load_bundle(folder: Path) -> LoadedBundle:
 def is_bundle(folder: Path) -> bool:
     """Whether the folder looks like a bundle (has both data files)."""
     return (folder / MODEL).is_file() and (folder / WEIGHTS).is_file()
+
+
+def _output_scale(meta: Mapping[str, Any]) -> dict[str, IntensityScale]:
+    scales = meta.get("output_scale", {})
+    if not isinstance(scales, Mapping):
+        raise UsageError(f"output_scale must give a scale per modality, not {scales!r}")
+    return {key: IntensityScale.from_dict(value) for key, value in scales.items()}
 
 
 def _form(array: NDArray[Any]) -> dict[str, Any]:
@@ -205,7 +210,8 @@ def _rebuild(folder: Path, content: dict[str, Any], arrays: dict[str, NDArray[An
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put all files in place at once; an existing bundle is moved aside first, then removed."""
-    if folder.exists() and not is_bundle(folder) and any(folder.iterdir()):
+    foreign = not folder.is_dir() or any(folder.iterdir())
+    if folder.exists() and not is_bundle(folder) and foreign:
         raise OutputError(f"{folder}: exists and is not a model bundle; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -245,8 +251,10 @@ def _model_card(method: str, contract: Contract, meta: Mapping[str, Any]) -> str
         f"- {key.replace('_', ' ').capitalize()}: {_plain(meta[key])}"
         for key in sorted(meta.keys() - {"name", "output_scale", "reference_quantiles"})
     ]
-    for modality, scale in sorted(meta.get("output_scale", {}).items()):
-        lines.append(f"- {modality} output units: {scale['low']:g} to {scale['high']:g}")
+    lines += [
+        f"- {modality} output units: {scale.low:g} to {scale.high:g}"
+        for modality, scale in sorted(_output_scale(meta).items())
+    ]
     if card:
         lines += ["", "## Citation", "", card.citation + (f" doi:{card.doi}" if card.doi else "")]
     lines += ["", "The model was not made for diagnosis.", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -88,10 +89,17 @@ class HarmonyLinear(LinearPlugin):
         self._status_callback = collect
 
 
-def _prepare_worker(cwd: str, environment: dict[str, str]) -> None:
-    """Bound threads and seed before any library is loaded in the worker."""
+def _prepare_worker(cwd: str, environment: dict[str, str], log_level: int) -> None:
+    """Bound threads and seed before any library is loaded in the worker; quieten its log."""
     os.chdir(cwd)
     os.environ.update(environment)
+    set_log_level(log_level)
+
+
+def set_log_level(level: int) -> None:
+    """Level of Nipype's own loggers in this process."""
+    for name in ("nipype.workflow", "nipype.interface", "nipype.utils"):
+        logging.getLogger(name).setLevel(level)
 
 
 class HarmonyMultiProc(MultiProcPlugin):
@@ -114,6 +122,7 @@ class HarmonyMultiProc(MultiProcPlugin):
             initargs=(
                 self._cwd,
                 thread_environment(args.get("threads", 1), args.get("random_seed", 0)),
+                args.get("log_level", logging.CRITICAL),
             ),
         )
 

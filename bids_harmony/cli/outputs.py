@@ -1,0 +1,143 @@
+"""Files of a run that belong to no single scan: root files, logs, pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bids_harmony._version import __version__
+from bids_harmony.bids.dataset import container_info, write_dataset
+from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.write import atomic_write_text, output_error, write_json
+from bids_harmony.config import Config
+from bids_harmony.errors import OutputError, UsageError
+from bids_harmony.reports.boilerplate import citation_markdown, methods_text
+from bids_harmony.reports.page import render_failure, render_page
+from bids_harmony.workflows.cohort import Outcome
+from bids_harmony.workflows.settings import Preprocessing, Target
+
+
+def prepare_out_dir(out_dir: Path) -> None:
+    """Make the output folder and see that it can be written.
+
+    Raises
+    ------
+    OutputError
+        If it cannot.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(out_dir, error) from error
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {out_dir}; make it writable or name another folder")
+
+
+def claim_desc(out_dir: Path, desc: str, target: Target) -> None:
+    """Keep one label for one model: two models under one ``desc-`` could not be told apart.
+
+    Raises
+    ------
+    UsageError
+        If another model has written under this label before.
+    """
+    path = out_dir / "logs" / f"desc-{desc}.json"
+    mine = {"Method": target.method, "ModelName": target.name, "ModelHash": target.hash}
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        write_json(path, mine)
+        return
+    if before != mine:
+        raise UsageError(
+            f"{out_dir} holds scans of model {before.get('ModelName')} "
+            f"({before.get('Method')}) under desc-{desc}, not of {target.name}; "
+            "choose another --desc or another OUT_DIR"
+        )
+
+
+def write_root(config: Config, descriptions: Mapping[str, str]) -> None:
+    """dataset_description.json, .bidsignore, README, descriptions.tsv."""
+    write_dataset(
+        config.out_dir,
+        config.bids_dir,
+        version=__version__,
+        desc_descriptions=descriptions,
+        container=container_info(os.environ),
+    )
+
+
+def write_logs(
+    config: Config,
+    run_uuid: str,
+    outcomes: Sequence[Outcome] | None,
+    prep: Preprocessing | None = None,
+    target: Target | None = None,
+) -> None:
+    """Settings of the run, methods text and, at its end, outcomes and tracebacks."""
+    logs = config.out_dir / "logs"
+    if outcomes is None or not outcomes:
+        atomic_write_text(logs / f"{run_uuid}.toml", config.to_toml())
+    if prep is not None and target is not None:
+        text = methods_text(prep.fingerprint, target.title, target.reference)
+        name = "CITATION.md" if config.desc == "harmonized" else f"CITATION_desc-{config.desc}.md"
+        atomic_write_text(logs / name, citation_markdown(text, target.citations))
+    for outcome in outcomes or ():
+        if outcome.status == "failed" and outcome.traceback:
+            path = logs / f"crash-{run_uuid}-{outcome.stem}.txt"
+            atomic_write_text(path, f"{outcome.message}\n\n{outcome.traceback}\n")
+
+
+def write_pages(
+    config: Config,
+    subjects: Sequence[str],
+    outcomes: Sequence[Outcome],
+    prep: Preprocessing,
+    target: Target | None,
+    scans: Sequence[Scan] = (),
+) -> None:
+    """One page per participant from the sections of its scans, those of earlier runs too."""
+    by_stem = {s.stem: s for s in scans}
+    for outcome in outcomes:
+        if outcome.status in ("refused", "failed"):
+            scan = by_stem.get(outcome.stem)
+            html = render_failure(
+                outcome.stem,
+                outcome.message,
+                outcome.traceback[-3000:] if outcome.status == "failed" else "",
+                status=outcome.status,
+                desc=config.desc,
+                method=target.title if target else "",
+                site=scan.site if scan else "n/a",
+            )
+            name = f"{outcome.stem}_desc-{config.desc}.failed.html"
+            atomic_write_text(_figures(config.out_dir, outcome.subject) / name, html)
+        else:
+            name = f"{outcome.stem}_desc-{config.desc}.failed.html"
+            (_figures(config.out_dir, outcome.subject) / name).unlink(missing_ok=True)
+    for subject in subjects:
+        _write_page(config, subject, prep, target)
+
+
+def _figures(out_dir: Path, subject: str) -> Path:
+    return out_dir / f"sub-{subject}" / "figures"
+
+
+def _write_page(config: Config, subject: str, prep: Preprocessing, target: Target | None) -> None:
+    parts = sorted(_figures(config.out_dir, subject).glob("*.html"))
+    if not parts:
+        return
+    page = render_page(
+        subject,
+        [p.read_text() for p in parts],
+        version=__version__,
+        command_line=shlex.join(["bids_harmony", *sys.argv[1:]]),
+        methods=methods_text(prep.fingerprint, target.title, target.reference) if target else "",
+        citations=target.citations if target else (),
+        dataset=config.bids_dir.name,
+    )
+    atomic_write_text(config.out_dir / f"sub-{subject}.html", page)

@@ -1,0 +1,245 @@
+"""Interfaces that gather what was done to a scan, score it and draw its part of the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nibabel as nb
+import numpy as np
+from nibabel.processing import resample_from_to
+
+from bids_harmony.bids.names import derivative_path
+from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.write import atomic_write_text
+from bids_harmony.errors import ScanError
+from bids_harmony.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    TimedInterface,
+    TimedOutputSpec,
+    traits,
+)
+from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.reports.inputs import Histogram, Metric, Registration, ScanReport, Step
+from bids_harmony.reports.page import render_fragment
+from bids_harmony.reports.scores import score_change
+
+_QUANTILES = np.linspace(0.001, 0.999, 500)
+
+
+class _ScoreInput(BaseInterfaceInputSpec):
+    before_file = File(exists=True, mandatory=True, desc="scaled scan on the raw grid")
+    after_file = File(exists=True, mandatory=True, desc="harmonized scan, scaled, raw grid")
+    mask_file = File(exists=True, mandatory=True)
+    reference_quantiles = traits.List(traits.Float, desc="of the reference domain, scaled")
+
+
+class _ScoreOutput(TimedOutputSpec):
+    metrics = traits.List(traits.Dict, desc="rows of the metrics table")
+    warnings = traits.List(traits.Str)
+
+
+class Score(TimedInterface):
+    """Did the scan come closer to the reference domain, and did the anatomy stay?"""
+
+    input_spec = _ScoreInput
+    output_spec = _ScoreOutput
+
+    def _run(self, cwd: Path) -> None:
+        rows, warnings = score_change(
+            load(self.inputs.before_file)[0],
+            load(self.inputs.after_file)[0],
+            load_mask(self.inputs.mask_file),
+            self._given("reference_quantiles"),
+        )
+        self._results["metrics"] = [asdict(row) for row in rows]
+        self._results["warnings"] = warnings
+
+
+class _RecordInput(BaseInterfaceInputSpec):
+    settings = traits.Dict(mandatory=True, desc="method, model, version, seed, ...")
+    conform_notes = traits.List(traits.Str)
+    checksum = traits.Str()
+    mask_source = traits.Str()
+    mask_warnings = traits.List(traits.Str)
+    scale = traits.Dict()
+    output_scale = traits.Dict()
+    details = traits.Dict()
+    method_warnings = traits.List(traits.Str)
+    metrics = traits.List(traits.Dict)
+    score_warnings = traits.List(traits.Str)
+    conform_seconds = traits.Float()
+    mask_seconds = traits.Float()
+    bias_seconds = traits.Float()
+    registration_seconds = traits.Float()
+    scale_seconds = traits.Float()
+    harmonize_seconds = traits.Float()
+    carry_seconds = traits.Float()
+
+
+class _RecordOutput(TimedOutputSpec):
+    record = traits.Dict(desc="everything that made the voxels, JSON-serialisable")
+    seconds_by_step = traits.Dict(desc="durations, which are not part of the record")
+    warnings = traits.List(traits.Str)
+
+
+class Record(TimedInterface):
+    """Gather what made the voxels; the same run gives the same record."""
+
+    input_spec = _RecordInput
+    output_spec = _RecordOutput
+
+    def _run(self, cwd: Path) -> None:
+        parts = ("mask_warnings", "method_warnings", "score_warnings")
+        warnings = [*(self._given("conform_notes") or [])]
+        warnings += [w for part in parts for w in self._given(part) or []]
+        self._results["record"] = {
+            **self.inputs.settings,
+            "InputSHA256": self._given("checksum"),
+            "Conform": self._given("conform_notes") or [],
+            "BrainMask": self._given("mask_source"),
+            "InputScale": self._given("scale"),
+            "OutputScale": self._given("output_scale"),
+            "Details": self._given("details") or {},
+            "Metrics": [
+                {k: m[k] for k in ("name", "before", "after", "unit")}
+                for m in self._given("metrics") or []
+            ],
+            "Warnings": warnings,
+        }
+        names = [n for n in self.inputs.copyable_trait_names() if n.endswith("_seconds")]
+        self._results["seconds_by_step"] = {
+            n.removesuffix("_seconds"): self._given(n) for n in names if self._given(n) is not None
+        }
+        self._results["warnings"] = warnings
+
+
+class _ReportInput(BaseInterfaceInputSpec):
+    scan = traits.Any(mandatory=True)
+    bids_dir = traits.Str(mandatory=True)
+    out_dir = traits.Str(mandatory=True)
+    desc = traits.Str(mandatory=True)
+    before_file = File(exists=True, mandatory=True)
+    after_file = File(exists=True, mandatory=True)
+    mask_file = File(exists=True, mandatory=True)
+    bias_file = File(exists=True)
+    template_file = File(exists=True, mandatory=True)
+    in_template_file = File(exists=True, mandatory=True, desc="scan on the template's grid")
+    template = traits.Str(mandatory=True)
+    record = traits.Dict(mandatory=True)
+    warnings = traits.List(traits.Str)
+    seconds_by_step = traits.Dict()
+    metrics = traits.List(traits.Dict)
+    reference_quantiles = traits.List(traits.Float)
+    method_title = traits.Str()
+    citations = traits.List(traits.Str)
+    methods_text = traits.Str()
+
+
+class _ReportOutput(TimedOutputSpec):
+    out_file = traits.Str(desc="fragment below sub-XX/figures; empty when it failed")
+    problem = traits.Str(desc="why no fragment could be drawn")
+
+
+class ReportScan(TimedInterface):
+    """Draw one scan's section of the participant's page; a failure here loses no output."""
+
+    input_spec = _ReportInput
+    output_spec = _ReportOutput
+
+    def _run(self, cwd: Path) -> None:
+        path = fragment_path(Path(self.inputs.out_dir), self.inputs.scan, self.inputs.desc)
+        problem, written = "", ""
+        try:
+            atomic_write_text(path, render_fragment(self._report()))
+            written = str(path)
+        except (ScanError, ValueError) as error:
+            problem = f"report of {self.inputs.scan.stem}: {error}"
+        self._results["out_file"] = written
+        self._results["problem"] = problem
+
+    def _report(self) -> ScanReport:
+        scan: Scan = self.inputs.scan
+        record = self.inputs.record
+        before, affine = load(self.inputs.before_file)
+        after, _ = load(self.inputs.after_file)
+        mask = load_mask(self.inputs.mask_file)
+        return ScanReport(
+            stem=scan.stem,
+            desc=self.inputs.desc,
+            modality=scan.suffix,
+            input_name=str(scan.path.relative_to(self.inputs.bids_dir)),
+            method=record["Method"],
+            method_title=self._given("method_title") or record["Method"],
+            model_name=record["ModelName"],
+            model_hash=record["ModelHash"],
+            reference=record["Reference"],
+            site=scan.site,
+            site_source=scan.site_source,
+            affine=affine,
+            before=before,
+            after=after,
+            mask=mask,
+            bias=self._bias(before.shape, affine),
+            registration=self._registration(),
+            histogram=self._histogram(before[mask], after[mask]),
+            steps=tuple(self._steps()),
+            metrics=tuple(Metric(**m) for m in self._given("metrics") or []),
+            warnings=tuple(self._given("warnings") or []),
+            methods=self._given("methods_text") or "",
+            citations=tuple(self._given("citations") or []),
+            sidecar=dict(record),
+        )
+
+    def _bias(self, shape: tuple[int, ...], affine: Any) -> Any:
+        file = self._given("bias_file")
+        if file is None:
+            return None
+        img: Any = nb.loadsave.load(file)
+        return np.asanyarray(
+            resample_from_to(img, (shape, affine), order=1, mode="nearest").dataobj, np.float32
+        )
+
+    def _registration(self) -> Registration:
+        template, affine = load(self.inputs.template_file)
+        return Registration(
+            template=template,
+            scan=load(self.inputs.in_template_file)[0],
+            affine=affine,
+            template_mask=template > 0,
+            name=self.inputs.template,
+        )
+
+    def _histogram(self, before: Any, after: Any) -> Histogram:
+        reference = self._given("reference_quantiles")
+        return Histogram(
+            before=np.quantile(before, _QUANTILES),
+            after=np.quantile(after, _QUANTILES),
+            reference=np.asarray(reference) if reference else None,
+        )
+
+    def _steps(self) -> list[Step]:
+        record, seconds = self.inputs.record, self._given("seconds_by_step") or {}
+        bias = record["BiasField"]
+        rows = (
+            ("conform", "; ".join(record["Conform"]) or "nothing to mend", "nibabel"),
+            ("mask", f"brain mask: {record['BrainMask']}", ""),
+            ("bias", bias, "N4 (antspyx)"),
+            ("registration", record["Registration"], "antspyx"),
+            ("scale", f"{record['InputScale']['kind']} intensity scale", "bids_harmony"),
+            ("harmonize", f"{record['Method']} to {record['Reference']}", record["ModelName"]),
+            ("carry", "change carried to the raw grid", "bids_harmony"),
+        )
+        return [
+            Step(
+                name, action, tool, seconds.get(name), "computed" if name in seconds else "reused"
+            )
+            for name, action, tool in rows
+        ]
+
+
+def fragment_path(out_dir: Path, scan: Scan, desc: str) -> Path:
+    """Where a scan's section of the report is kept."""
+    return derivative_path(out_dir, scan, desc=desc, folder="figures", extension=".html")

@@ -1,0 +1,172 @@
+"""Run a graph and tell which scans came through."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nipype.pipeline.engine import Workflow
+
+from bids_harmony.errors import OutputError, UsageError
+from bids_harmony.resources import Resources, thread_environment
+from bids_harmony.workflows.plugins import (
+    HarmonyLinear,
+    HarmonyMultiProc,
+    NodeFailure,
+    describe_failure,
+    set_log_level,
+)
+
+LOG = logging.getLogger("bids_harmony")
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How graphs are run.
+
+    Attributes
+    ----------
+    resources
+        Processors, threads and memory.
+    work_dir
+        Base of all work folders.
+    seed
+        For the environment of workers.
+    plugin, plugin_args
+        Nipype plugin that the user named, and its arguments; None: ours.
+    stop_on_first_crash, resource_monitor, write_graph, verbose
+        As on the command line.
+    """
+
+    resources: Resources
+    work_dir: Path
+    seed: int
+    plugin: str | None = None
+    plugin_args: Mapping[str, Any] = field(default_factory=dict)
+    stop_on_first_crash: bool = False
+    resource_monitor: bool = False
+    write_graph: Path | None = None
+    verbose: int = 0
+
+
+def read_plugin_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """Plugin name and arguments from a YAML file ``{plugin: ..., plugin_args: {...}}``.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read or names no plugin.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"--use-plugin {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("plugin"), str):
+        raise UsageError(f"--use-plugin {path}: a line 'plugin: NAME' is needed")
+    return content["plugin"], dict(content.get("plugin_args") or {})
+
+
+def run_graph(
+    workflow: Workflow,
+    engine: Engine,
+    *,
+    n_scans: int,
+    on_node: Callable[[str, str], None],
+) -> list[NodeFailure]:
+    """Run a graph to its end; failed nodes stop only what depends on them.
+
+    Parameters
+    ----------
+    workflow
+        Graph with one sub-workflow per scan.
+    n_scans
+        With one scan no pool of workers is started.
+    on_node
+        Called with a node's full name and ``end`` or ``exception``.
+
+    Returns
+    -------
+    failures
+        One per failed node, empty when all is well.
+
+    Raises
+    ------
+    OutputError
+        If work folder or log cannot be written.
+    """
+    _configure(workflow, engine)
+    if engine.write_graph:
+        workflow.write_graph(
+            dotfilename=str(engine.write_graph), graph2use="colored", format="svg"
+        )
+
+    def callback(node: Any, status: str) -> None:
+        if status in ("end", "exception"):
+            on_node(node.fullname, status)
+
+    plugin = _plugin(engine, n_scans, callback)
+    collected: list[NodeFailure] = []
+    try:
+        workflow.run(plugin=plugin)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write below {engine.work_dir}: {error.strerror or error}; "
+            "free some space or name another work folder with -w"
+        ) from error
+    except Exception as error:  # noqa: BLE001  nipype re-raises the first failure; all are collected
+        if not getattr(plugin, "failures", None):
+            collected.append(describe_failure(workflow.name, f"{type(error).__name__}: {error}"))
+    return [*getattr(plugin, "failures", []), *collected]
+
+
+def _plugin(engine: Engine, n_scans: int, callback: Callable[[Any, str], None]) -> Any:
+    resources = engine.resources
+    args: dict[str, Any] = {
+        "status_callback": callback,
+        "n_procs": resources.nprocs,
+        "memory_gb": resources.mem_gb,
+        "raise_insufficient": False,
+        "threads": resources.omp_nthreads,
+        "random_seed": engine.seed,
+        "log_level": _log_level(engine.verbose),
+        **engine.plugin_args,
+    }
+    if engine.plugin is not None:
+        from nipype.pipeline import plugins
+
+        named = getattr(plugins, f"{engine.plugin}Plugin", None)
+        if named is None:
+            raise UsageError(f"--use-plugin: Nipype has no plugin {engine.plugin!r}")
+        return named(plugin_args=args)
+    if n_scans == 1 or resources.nprocs == 1:
+        os.environ.update(thread_environment(resources.omp_nthreads, engine.seed))
+        return HarmonyLinear(plugin_args=args)
+    return HarmonyMultiProc(plugin_args=args)
+
+
+def _configure(workflow: Workflow, engine: Engine) -> None:
+    workflow.base_dir = str(engine.work_dir)
+    workflow.config["execution"] = {
+        "crashdump_dir": str(engine.work_dir / "crash"),
+        "crashfile_format": "txt",
+        "poll_sleep_duration": str(_POLL_SECONDS),
+        "job_finished_timeout": "60",
+        "remove_unnecessary_outputs": "false",
+        "create_report": "false",
+        "check_version": "false",
+        "stop_on_first_crash": str(engine.stop_on_first_crash).lower(),
+    }
+    workflow.config["monitoring"] = {"enabled": str(engine.resource_monitor).lower()}
+    set_log_level(_log_level(engine.verbose))
+
+
+def _log_level(verbose: int) -> int:
+    """Nipype's own log is for ``-vv``: our lines say what users need."""
+    return logging.CRITICAL if verbose < 2 else logging.INFO

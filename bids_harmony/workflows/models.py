@@ -1,0 +1,136 @@
+"""Which model bundle a run uses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bids_harmony.config import DEFAULT_TEMPLATE
+from bids_harmony.errors import MissingInputError, UsageError
+from bids_harmony.methods.base import NATIVE_GRID
+from bids_harmony.methods.bundle import is_bundle, load_bundle
+from bids_harmony.methods.registry import available
+from bids_harmony.resources import pick_device
+from bids_harmony.workflows.settings import Target
+
+DEFAULT_METHOD = "nyul"
+_SHIPPED = Path(__file__).parent.parent / "data" / "models"
+
+
+def bundle_name(method: str, reference: str) -> str:
+    """Default name of the bundle of a method fitted on a site or scan."""
+    label = "".join(c if c.isalnum() else "-" for c in Path(reference).name.split(".")[0])
+    return f"{method}-{label}"
+
+
+def choose_bundle(
+    out_dir: Path, *, method: str | None, model: str | None, reference: str | None
+) -> tuple[Path, str]:
+    """Folder of the bundle to use and the reason in words.
+
+    Order: ``--model``; the bundle fitted for ``--reference``; the only bundle (of the method)
+    below ``out_dir/models``; the one that ships with the package.
+
+    Raises
+    ------
+    MissingInputError
+        If the model that was named does not exist, or the reference was never fitted.
+    UsageError
+        If several bundles would do.
+    """
+    trained = _bundles(out_dir / "models")
+    if model is not None:
+        return _named(model, out_dir), "asked for with --model"
+    if reference is not None:
+        folder = out_dir / "models" / bundle_name(method or DEFAULT_METHOD, reference)
+        if not is_bundle(folder):
+            raise MissingInputError(f"{folder} does not exist; fit it with the train level first")
+        return folder, f"fitted on {Path(reference).name} as --reference asks"
+    if method is not None:
+        trained = [f for f in trained if load_bundle(f).method.name == method]
+    if len(trained) == 1:
+        return trained[0], "the only bundle of OUT_DIR/models" + (f" for {method}" * bool(method))
+    if len(trained) > 1:
+        names = ", ".join(f.name for f in trained)
+        raise UsageError(
+            f"{out_dir / 'models'} holds several bundles ({names}); choose one with "
+            "--model or --reference"
+        )
+    name = f"{method or DEFAULT_METHOD}-default"
+    if not is_bundle(_SHIPPED / name):
+        raise UsageError(
+            f"no model for {method} ships with the package; fit one with the train "
+            "level, or give --reference SITE"
+        )
+    return _SHIPPED / name, "shipped default; nothing else was chosen or trained"
+
+
+def _named(model: str, out_dir: Path) -> Path:
+    places = [Path(model).absolute(), out_dir / "models" / model, _SHIPPED / model]
+    for folder in places:
+        if is_bundle(folder):
+            return folder
+    looked = ", ".join(str(p) for p in places[:2])
+    shipped = ", ".join(f.name for f in _bundles(_SHIPPED))
+    raise MissingInputError(f"--model {model}: no bundle in {looked}; the package ships {shipped}")
+
+
+def _bundles(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and is_bundle(f))
+
+
+def load_target(
+    folder: Path, why: str, *, method: str | None, device: str, grid_file: Path | None = None
+) -> Target:
+    """Read a bundle as a `Target`.
+
+    Raises
+    ------
+    UsageError
+        If the bundle holds another method than the one asked for, or lacks the output scale.
+    """
+    bundle = load_bundle(folder)
+    name = bundle.method.name
+    if method is not None and method != name:
+        raise UsageError(f"--method {method}, but the bundle {folder} holds {name}")
+    card = available()[name]
+    contract = bundle.method.contract
+    missing = [m for m in contract.modalities if m not in bundle.output_scale]
+    if missing:
+        raise UsageError(
+            f"{folder}: the bundle has no output_scale for {', '.join(missing)}; train it again"
+        )
+    return Target(
+        method=name,
+        title=card.title,
+        citations=(card.citation,),
+        bundle=folder,
+        name=folder.name,
+        hash=bundle.hash,
+        why=why,
+        reference=str(bundle.meta.get("reference", folder.name)),
+        contract=contract,
+        output_scale={k: v.to_dict() for k, v in bundle.output_scale.items()},
+        reference_quantiles=dict(bundle.meta.get("reference_quantiles", {})),
+        grid_file=grid_file,
+        device=pick_device(device, card.devices)[0],
+    )
+
+
+def template_of(spaces: Sequence[str], grid: str) -> str:
+    """The one template that scans are registered to.
+
+    Raises
+    ------
+    UsageError
+        If output spaces and the model's grid name several.
+    """
+    names = {s for s in spaces if s != "native"} | ({grid} - {NATIVE_GRID})
+    if len(names) > 1:
+        raise UsageError(
+            f"one template per run, but {', '.join(sorted(names))} are needed (output spaces and "
+            "the model's grid); run once per template with its own --desc"
+        )
+    return names.pop() if names else DEFAULT_TEMPLATE

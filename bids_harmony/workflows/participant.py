@@ -1,0 +1,83 @@
+"""The participant level: what is left to do, doing it, and the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from nipype.pipeline.engine import Workflow
+
+from bids_harmony.bids.derivatives import Precomputed
+from bids_harmony.bids.scan import Scan
+from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
+from bids_harmony.workflows.engine import Engine
+from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
+from bids_harmony.workflows.scan import init_scan_wf
+from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
+
+
+def split_done(
+    scans: Sequence[Scan],
+    *,
+    prep: Preprocessing,
+    target: Target | None,
+    place: Place,
+    folders: Mapping[str, Path],
+) -> tuple[dict[str, Precomputed], list[Scan], list[Scan]]:
+    """Which scans an earlier run has finished with the same settings.
+
+    Returns
+    -------
+    given, todo, done
+        Precomputed masks and transforms by stem; scans to run; scans to skip.
+    """
+    given: dict[str, Precomputed] = {}
+    todo, done = [], []
+    for scan in scans:
+        found = find_given(scan, folders, prep, place.out_dir)
+        given[scan.stem] = found
+        if target is None:
+            finished = is_preprocessed(scan, prep, place.out_dir)
+        else:
+            finished = is_done(scan, place, scan_settings(scan, prep, target, place, found))
+        (done if finished else todo).append(scan)
+    return given, todo, done
+
+
+def harmonize_scans(
+    scans: Sequence[Scan],
+    *,
+    prep: Preprocessing,
+    target: Target | None,
+    place: Place,
+    folders: Mapping[str, Path],
+    engine: Engine,
+    clean: bool,
+    on_outcome: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Harmonize (or, without a target, only preprocess) every scan that is not done yet."""
+    given, todo, done = split_done(scans, prep=prep, target=target, place=place, folders=folders)
+    outcomes = [Outcome(s.stem, s.subject, "skipped", "done by an earlier run") for s in done]
+    for outcome in outcomes:
+        on_outcome(outcome)
+
+    def build(scan: Scan) -> Workflow:
+        return init_scan_wf(
+            scan=scan,
+            prep=prep,
+            target=target,
+            place=place,
+            given=given[scan.stem],
+            gigabytes=gigabytes(scan.path),
+        )
+
+    last = {"write_preprocessed"} if target is None else {"write", "report", "write_preprocessed"}
+    return outcomes + run_scans(
+        todo,
+        build,
+        engine,
+        status="preprocessed" if target is None else "harmonized",
+        last_nodes=frozenset(last),
+        clean=clean,
+        on_outcome=on_outcome,
+    )

@@ -1,0 +1,96 @@
+"""What an earlier run left behind and can be used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bids_harmony.bids.derivatives import Precomputed, find_precomputed
+from bids_harmony.bids.names import derivative_path, sidecar_path
+from bids_harmony.bids.scan import Scan
+from bids_harmony.interfaces.files import sha256
+from bids_harmony.interfaces.report import fragment_path
+from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing
+
+
+def find_given(
+    scan: Scan, folders: Mapping[str, Path], prep: Preprocessing, out_dir: Path
+) -> Precomputed:
+    """Mask and transform from the user's derivatives, else from an earlier run of ours.
+
+    An earlier run counts only with the same settings and the same raw file. Without
+    ``--derivatives`` a mask is never taken over a forced brain extraction.
+    """
+    given = find_precomputed(scan, folders, prep.template) if folders else Precomputed()
+    if given.mask and given.to_template:
+        return given
+    mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
+    transform = derivative_path(
+        out_dir, scan, from_=scan.suffix, to=prep.template, extension=".txt"
+    )
+    sources, notes = dict(given.sources), list(given.notes)
+    mask_file, transform_file = given.mask, given.to_template
+    words = _own(mask, scan, prep)
+    if mask_file is None and words is not None and not words.get("Given"):
+        mask_file, sources["mask"] = mask, words["Description"]
+        notes += words.get("Warnings", [])
+    if transform_file is None and mask_file == mask and _own(transform, scan, prep) is not None:
+        transform_file, sources["to_template"] = transform, EARLIER_RUN
+    return Precomputed(mask_file, transform_file, given.preproc, sources, notes)
+
+
+def _own(path: Path, scan: Scan, prep: Preprocessing) -> dict[str, Any] | None:
+    """Sidecar of our own derivative when it may be used again."""
+    words = _read(sidecar_path(path))
+    if words is None or not path.is_file():
+        return None
+    made = words.get("Preprocessing", {})
+    wanted = {**prep.fingerprint, "InputSHA256": _checksum(scan)}
+    return words if made == wanted else None
+
+
+def is_preprocessed(scan: Scan, prep: Preprocessing, out_dir: Path) -> bool:
+    """Whether an earlier run left the brain mask (which is written last) of this file."""
+    mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
+    return _own(mask, scan, prep) is not None
+
+
+def _checksum(scan: Scan) -> str:
+    """Checksum of the raw file; empty when it cannot be read (its first node says why)."""
+    try:
+        return sha256(scan.path)
+    except OSError:
+        return ""
+
+
+def is_done(scan: Scan, place: Place, settings: Mapping[str, Any]) -> bool:
+    """Whether every output of the scan exists and was made with these settings from this file."""
+    images = [
+        derivative_path(
+            place.out_dir,
+            scan,
+            space=None if s.name == "native" else s.name,
+            res=s.res or None,
+            desc=place.desc,
+        )
+        for s in place.spaces
+    ]
+    if not fragment_path(place.out_dir, scan, place.desc).is_file():
+        return False
+    for image in images:
+        record = (_read(sidecar_path(image)) or {}).get("Harmonization", {})
+        if not image.is_file() or any(record.get(k) != v for k, v in settings.items()):
+            return False
+        if record.get("InputSHA256") != _checksum(scan):
+            return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

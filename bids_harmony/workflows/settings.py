@@ -1,0 +1,149 @@
+"""The few values that the graphs are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bids_harmony._version import __version__
+from bids_harmony.bids.derivatives import Precomputed
+from bids_harmony.bids.scan import Scan
+from bids_harmony.imaging.templates import OutputSpace
+from bids_harmony.methods.base import NATIVE_GRID, Contract
+
+EARLIER_RUN = "earlier run of bids_harmony"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How scans are made comparable before any method sees them.
+
+    Attributes
+    ----------
+    template, template_file
+        Name, and its brain at 2 mm, for registration and report.
+    skull_strip
+        ``auto``, ``skip`` or ``force``.
+    bias_field
+        Correct it with N4.
+    sloppy
+        Coarse registration, for tests.
+    threads, seed
+        Per process, and of every random draw.
+    """
+
+    template: str
+    template_file: Path
+    skull_strip: str = "auto"
+    bias_field: bool = True
+    sloppy: bool = False
+    threads: int = 1
+    seed: int = 0
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the voxels; derivatives with another fingerprint are not reused."""
+        return {
+            "Version": __version__,
+            "Template": self.template,
+            "SkullStrip": self.skull_strip,
+            "BiasField": "N4" if self.bias_field else "not corrected (--ignore bias-field)",
+            "Sloppy": self.sloppy,
+            "Threads": self.threads,
+            "Seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """The fitted method and the reference domain it leads to.
+
+    Attributes
+    ----------
+    method, title, citations
+        From the method's card.
+    bundle, name, hash
+        Folder of the model bundle, its name and checksum.
+    why
+        Why this bundle was chosen, in words.
+    reference
+        Reference domain, in words.
+    contract
+        What the method wants to be given.
+    grid_file
+        Template image on the contract's grid; None on the native grid.
+    output_scale, reference_quantiles
+        Per modality: scale of the reference domain (as a dict), and its in-brain quantiles.
+    device
+        Where the method runs.
+    """
+
+    method: str
+    title: str
+    citations: tuple[str, ...]
+    bundle: Path
+    name: str
+    hash: str
+    why: str
+    reference: str
+    contract: Contract
+    output_scale: Mapping[str, Any]
+    reference_quantiles: Mapping[str, list[float]]
+    grid_file: Path | None = None
+    device: str = "cpu"
+
+    @property
+    def native_grid(self) -> bool:
+        """Whether the method works on the scan's own voxels."""
+        return self.contract.grid == NATIVE_GRID
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are read and written.
+
+    Attributes
+    ----------
+    desc
+        Label of the harmonized scans.
+    spaces
+        Output spaces; ``native`` is one of them or not.
+    space_files
+        Template image of each space that is not native, by (name, res).
+    """
+
+    bids_dir: Path
+    out_dir: Path
+    work_dir: Path
+    desc: str
+    spaces: tuple[OutputSpace, ...] = (OutputSpace("native"),)
+    space_files: Mapping[tuple[str, str], Path] = field(default_factory=dict)
+
+
+def scan_settings(
+    scan: Scan, prep: Preprocessing, target: Target, place: Place, given: Precomputed
+) -> dict[str, Any]:
+    """What decides a harmonized scan's voxels; it opens the sidecar's record."""
+    transform = given.sources.get("to_template", "")
+    theirs = bool(given.to_template) and transform != EARLIER_RUN
+    return {
+        **prep.fingerprint,
+        "Method": target.method,
+        "ModelName": target.name,
+        "ModelHash": target.hash,
+        "ModelChoice": target.why,
+        "Reference": target.reference,
+        "Device": target.device,
+        "Site": scan.site,
+        "SiteSource": scan.site_source,
+        "GivenMask": "" if own_mask(given, place.out_dir) else given.sources.get("mask", ""),
+        "Registration": f"given: {transform}" if theirs else f"rigid to {prep.template}",
+        "OutputSpaces": [f"{s.name}:res-{s.res}" if s.res else s.name for s in place.spaces],
+    }
+
+
+def own_mask(given: Precomputed, out_dir: Path) -> bool:
+    """Whether the mask, if any, is an earlier run's and not the user's."""
+    return given.mask is None or out_dir in given.mask.parents
