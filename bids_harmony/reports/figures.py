@@ -24,7 +24,7 @@ from bids_harmony.reports.inputs import Histogram, Registration, ScanReport
 
 FloatArray = NDArray[np.floating[Any]]
 
-WIDTH = 1300
+WIDTH = 1200
 MASK_COLOUR = "#ffb000"
 TEMPLATE_COLOUR = "#22d3ee"
 DIFFERENCE_MAP = "RdBu_r"
@@ -120,7 +120,7 @@ def draw_mask(scene: Scene) -> bytes:
         return mos.grey(mos.slice_pixels(volume, layout, plane, index), own)
 
     picture = mos.compose(layout, paint, [(scene.mask, MASK_COLOUR)])
-    return mos.render(picture, bar=(own, "gray", scene.units), quality=75)
+    return mos.render(picture, bar=(own, "gray", scene.units), quality=70)
 
 
 def difference_limit(scene: Scene) -> float:
@@ -170,7 +170,7 @@ def draw_bias(scene: Scene) -> bytes:
         return np.where(inside, mos.colours(image, (low, high), BIAS_MAP), under(plane, index) / 2)
 
     picture = mos.compose(layout, paint)
-    return mos.render(picture, bar=((low, high), BIAS_MAP, "bias field (ratio)"), quality=80)
+    return mos.render(picture, bar=((low, high), BIAS_MAP, "bias field (ratio)"), quality=70)
 
 
 def draw_registration(registration: Registration, *, columns: int = 5) -> tuple[bytes, bytes]:
@@ -187,7 +187,7 @@ def draw_registration(registration: Registration, *, columns: int = 5) -> tuple[
             return mos.grey(mos.slice_pixels(volume, layout, plane, index), window)
 
         picture = mos.compose(layout, paint, [(mask, TEMPLATE_COLOUR)])
-        return mos.render(picture, quality=75)
+        return mos.render(picture, quality=70)
 
     return draw(template.data), draw(scan.data)
 

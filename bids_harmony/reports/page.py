@@ -270,7 +270,7 @@ def paragraphs(text: str) -> Markup:
 
 def linked(text: str) -> Markup:
     """Escaped text in which DOI addresses can be clicked (nothing is loaded from them)."""
-    pattern = r"(https://doi\.org/[A-Za-z0-9./()_:;-]*[A-Za-z0-9/])"
+    pattern = r"(https://doi\.org/[A-Za-z0-9./()_:;<>-]*[A-Za-z0-9/])"
     pieces = re.split(pattern, text)
     return Markup("").join(
         Markup('<a href="{0}" rel="noreferrer">{0}</a>').format(piece) if i % 2 else escape(piece)
