@@ -42,7 +42,7 @@ class Scan:
     brain
         Share of the voxel inside the brain mask.
     bias
-        Receive bias field, mean 1 in the head.
+        Receive bias field, geometric mean 1 over the field of view.
     truth
         The image without bias field, transmit error and noise, per contrast, float32; white
         matter is at the same level as the site's gain.
@@ -140,15 +140,13 @@ def resample(
     return split.mean(axis=(1, 3, 5), dtype=np.float32)
 
 
-def bias_field(
-    shape: tuple[int, ...], affine: FloatArray, strength: float, rng: np.random.Generator
-) -> FloatArray:
-    """Smooth multiplicative field: exponential of a random polynomial of scanner position.
+def bias_field(shape: tuple[int, ...], strength: float, rng: np.random.Generator) -> FloatArray:
+    """Smooth multiplicative field: exponential of a random cubic polynomial of position.
 
     Parameters
     ----------
-    shape, affine
-        Grid of the scan.
+    shape
+        Shape of the scan.
     strength
         Standard deviation of its logarithm over the field of view.
     rng
@@ -280,7 +278,7 @@ def acquire(
     parts = tuple(max(1, round(v / anatomy.spacing)) for v in voxel)
     fractions = np.stack([resample(f, to_index, shape, parts) for f in anatomy.fractions])
     brain = resample(anatomy.brain, to_index, shape, parts)
-    bias = bias_field(shape, affine, site.bias, rng)
+    bias = bias_field(shape, site.bias, rng)
     b1 = transmit_field(shape, affine, site.b1_spread)
     gain = site.gain * float(np.exp(rng.normal(0, 0.12)))
     clean = np.abs(contrast(fractions, person, site, protocol, b1))

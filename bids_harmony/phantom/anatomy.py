@@ -22,6 +22,8 @@ LATTICE = 4.0
 #: Corner and size of a subject's box, mm: head-centred coordinates, right, front, up.
 START = np.array([-96.0, -128.0, -112.0])
 SIZE = np.array([192.0, 240.0, 212.0])
+#: Width of the borders of tissue and of white matter, in units of the average maps.
+_TISSUE_EDGE, _WHITE_EDGE = 0.34, 0.42
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ def deform(person: Person, template: Template) -> tuple[FloatArray, FloatArray]:
     """
     scale = _affine_scale(person, template)
     random = _random_velocity(person)
+    start = _linear(scale, LATTICE) + exponential(random, LATTICE)
+    volume = float(ramp(_on_template(template.brain, start), LATTICE).sum()) * LATTICE**3 / 1000
+    scale = scale * (volume / person.icv) ** (1 / 3)
     flow = _ventricle_velocity(template, _linear(scale, LATTICE))
     target = person.ventricles * person.icv
     amounts: list[float] = [0.0, 2.0]
@@ -177,28 +182,33 @@ def _brain_maps(
 
 
 def _fractions_in_brain(
-    person: Person, brain: FloatArray, tissue: FloatArray, share: FloatArray, spacing: float
+    person: Person,
+    brain: FloatArray,
+    tissue: FloatArray,
+    share: FloatArray,
+    step: int,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """CSF, grey and white matter with the subject's volumes (all CSF inside the brain mask)."""
-    sub = (slice(None, None, max(1, round(2 / spacing))),) * 3
-    few, few_t, few_s = brain[sub], tissue[sub], share[sub]
-    inside = few > 0
-    few, few_t, few_s = few[inside], few_t[inside], few_s[inside]
+    """CSF, grey and white matter with the subject's volumes (all CSF inside the brain mask).
+
+    ``tissue`` and ``share`` are levels; the thresholds that give the volumes are found on every
+    ``step``-th voxel.
+    """
+    sub = (slice(None, None, step),) * 3
+    inside = brain[sub] > 0
+    few, few_t, few_s = brain[sub][inside], tissue[sub][inside], share[sub][inside]
     total = float(few.sum())
-
-    def parenchyma(level: FloatArray, threshold: float) -> FloatArray:
-        return ramp(level - threshold, 0.34)
-
-    def white(level: FloatArray, threshold: float) -> FloatArray:
-        return ramp(level - threshold, 0.42)
-
     cut = solve(
-        lambda t: float((few * parenchyma(few_t, t)).sum()), (1 - person.csf) * total, 0.0, 1.1
+        lambda t: float((few * ramp(few_t - t, _TISSUE_EDGE)).sum()),
+        (1 - person.csf) * total,
+        0.0,
+        1.1,
     )
-    few_p = few * parenchyma(few_t, cut)
-    edge = solve(lambda t: float((few_p * white(few_s, t)).sum()), person.wm * total, 0.0, 1.0)
-    solid = brain * parenchyma(tissue, cut)
-    wm = solid * white(share, edge)
+    few = few * ramp(few_t - cut, _TISSUE_EDGE)
+    edge = solve(
+        lambda t: float((few * ramp(few_s - t, _WHITE_EDGE)).sum()), person.wm * total, 0.0, 1.0
+    )
+    solid = brain * ramp(tissue - cut, _TISSUE_EDGE)
+    wm = solid * ramp(share - edge, _WHITE_EDGE)
     return brain - solid, solid - wm, wm
 
 
@@ -246,12 +256,17 @@ def build_anatomy(person: Person, spacing: float = 1.0) -> Anatomy:
     brain_distance = surface(template.brain)
     brain = ramp(brain_distance, max(spacing, 1.0))
     tissue, share = _brain_maps(person, template, coarse, spacing, brain)
-    csf, gm, wm = _fractions_in_brain(person, brain, tissue, share, spacing)
+    ventricles = surface(template.ventricles)
+    # Sulci widen by a higher threshold; the walls of the ventricles are where the warp put them.
+    wall = np.exp(-((np.minimum(ventricles, 0) / 5.0) ** 2))
+    tissue = tissue + wall * np.clip(-ventricles / 3.0, -1, 1) * 0.5
+    step = max(1, round(COARSE / spacing))
+    csf, gm, wm = _fractions_in_brain(person, brain, tissue, share, step)
     fractions = np.zeros((len(TISSUES), *shape), dtype=np.float32)
     surfaces = {name: surface(getattr(template, name)) for name in ("skin", "air", "orbit", "eye")}
     head_fractions(fractions, brain_distance, surfaces, person, spacing)
     if person.lesions > 0:
-        lesion = _lesion_fraction(person, wm, surface(template.ventricles), spacing)
+        lesion = _lesion_fraction(person, wm, ventricles, spacing)
         fractions[TISSUES.index("lesion")] = lesion
         wm = wm - lesion
     for name, part in (("CSF", csf), ("GM", gm), ("WM", wm)):
