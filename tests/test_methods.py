@@ -4,7 +4,9 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from skimage.exposure import match_histograms
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.quantiles import mid_quantiles
+from bids_harmony.imaging.scale import fit_scale
 from bids_harmony.methods import registry
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.histogram_matching import HistogramMatching
@@ -22,6 +25,7 @@ from bids_harmony.methods.nyul import PERCENTILES, Nyul
 from bids_harmony.methods.ssimh import Ssimh
 from bids_harmony.methods.wm_peak import WhiteMatterPeak, find_peak
 from bids_harmony.methods.zscore import ZScore
+from bids_harmony.metrics.similarity import edge_correlation, rank_agreement, wasserstein
 
 METHODS = sorted(registry.available())
 MONOTONE = [name for name in METHODS if registry.available()[name].monotone]
@@ -383,6 +387,75 @@ def test_ssimh_needs_its_own_grid():
         Ssimh.fit([scan, cut], seed=0)
 
 
+# --- real scans
+
+OPENMULTI = Path(__file__).parents[2] / "shared" / "data" / "openmulti"
+
+
+def real_scan(name):
+    """A skull-stripped T1w scan of the cohort, every second voxel."""
+    path = OPENMULTI / f"sub-{name}" / "anat" / f"sub-{name}_T1w.nii.gz"
+    if not path.exists():
+        pytest.skip(f"no real scans at {OPENMULTI}")
+    image = nib.load(path)
+    data = np.asarray(image.dataobj, dtype=np.float32)[::2, ::2, ::2]
+    mask = ndimage.binary_fill_holes(data > 0)
+    spacing = tuple(2 * float(size) for size in image.header.get_zooms()[:3])
+    scale = fit_scale(data, mask, "robust")
+    return Volume(scale.apply(data), mask, "T1w", spacing, "novosibirsk", name)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [n for n in MONOTONE if n != "wm-peak"])
+def test_known_change_of_a_real_scan_is_undone(name):
+    truth = real_scan("nov54")
+    scan = replace(truth, data=(0.8 * truth.data**1.15).astype(np.float32))
+    model = fitted(name, [real_scan("nov52"), real_scan("nov53")])
+    mask = truth.mask
+    result = model.harmonize(scan, seed=0).data
+    alone = model.harmonize(truth, seed=0).data
+    # What was done to the scan must not matter any more (z-score undoes gains only).
+    limit = {"histogram-matching": 1e-3, "nyul": 0.01, "zscore": 0.03}[name]
+    assert np.abs(result - alone)[mask].mean() < limit
+    before = wasserstein(
+        scan.data, real_scan("nov52").data, mask, second_mask=real_scan("nov52").mask
+    )
+    after = wasserstein(result, real_scan("nov52").data, mask, second_mask=real_scan("nov52").mask)
+    assert after < 0.5 * before
+    assert rank_agreement(scan.data, result, mask) > 0.9999
+    assert edge_correlation(scan.data, result, mask) > 0.9
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ixi012", "ixi034"])
+def test_white_matter_peak_against_labels(name):
+    """Raw head after N4: the peak is the mode of the labelled white matter, one voxel eroded."""
+    labels = OPENMULTI / "derivatives" / "dlmuse" / f"sub-{name}" / "anat"
+    path = OPENMULTI / f"sub-{name}" / "anat" / f"sub-{name}_T1w.nii.gz"
+    if not path.exists():
+        pytest.skip(f"no real scans at {OPENMULTI}")
+    ants = pytest.importorskip("ants")
+    image = nib.load(path)
+    spacing = tuple(float(size) for size in image.header.get_zooms()[:3])
+    found = np.asarray(nib.load(labels / f"sub-{name}_dseg.nii.gz").dataobj)
+    mask = ndimage.binary_fill_holes(ndimage.binary_closing(found > 0, iterations=2))
+    corrected = ants.n4_bias_field_correction(
+        ants.from_numpy(image.get_fdata(dtype=np.float32), spacing=spacing),
+        mask=ants.from_numpy(mask.astype(np.float32), spacing=spacing),
+        shrink_factor=3,
+        convergence={"iters": [30, 30, 30], "tol": 1e-7},
+    ).numpy()
+    data = fit_scale(corrected, mask, "robust").apply(corrected)
+    white = ndimage.binary_erosion((found >= 81) & (found <= 95))
+    counts, edges = np.histogram(data[white], 512, (0, 1.5))
+    mode = edges[ndimage.gaussian_filter1d(counts.astype(float), 10).argmax()]
+    assert find_peak(Volume(data, mask, "T1w", spacing)) == pytest.approx(mode, rel=0.02)
+    noisy = np.hypot(data, np.random.default_rng(0).normal(0, 0.07, data.shape))
+    noisy = Volume(noisy.astype(np.float32), mask, "T1w", spacing)
+    assert find_peak(noisy) == pytest.approx(mode, rel=0.03)
+
+
 # --- registry and cards
 
 
@@ -415,6 +488,7 @@ def test_table_has_a_row_per_method():
 
 PLUGIN = """
 from bids_harmony.methods.zscore import ZScore
+from bids_harmony.metrics.similarity import edge_correlation, rank_agreement, wasserstein
 
 
 class Fancy(ZScore):
