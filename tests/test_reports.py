@@ -495,5 +495,17 @@ def test_bias_needs_a_field(report):
         fig.draw_bias(scene)
 
 
+@pytest.mark.parametrize("shape", [(30, 36, 1), (1, 36, 24), (3, 3, 3)])
+def test_thin_and_tiny_volumes_are_drawn(report, shape):
+    volume = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(shape)
+    mask = np.zeros(shape, bool)
+    mask[tuple(n // 2 for n in shape)] = True
+    thin = replace(
+        report, before=volume, after=volume / 2, mask=mask, bias=volume + 1,
+        units=r"$\broken{ $", affine=np.diag([1.0, 1.0, 5.0, 1.0]),
+    )  # fmt: skip
+    assert len(check(page.render_fragment(replace(thin, registration=None))).images) == 6
+
+
 def test_fragment_stays_small(fragment):
     assert len(fragment) < 1_500_000

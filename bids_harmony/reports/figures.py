@@ -231,7 +231,8 @@ def draw_histogram(histogram: Histogram, units: str) -> bytes:
         centres, density(histogram.before, edges), "--", color="#d55e00", lw=2, label="before"
     )
     axes.plot(centres, density(histogram.after, edges), "-", color="#0072b2", lw=2, label="after")
-    axes.set(xlabel=units, ylabel="density of brain voxels", xlim=(edges[0], edges[-1]))
+    axes.set(ylabel="density of brain voxels", xlim=(edges[0], edges[-1]))
+    axes.set_xlabel(units, parse_math=False)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -238,6 +238,6 @@ def _colour_bar(
     axes = figure.add_axes((start + 0.18 * room, 0.1, 0.16 * room, 0.8))
     mappable = ScalarMappable(Normalize(*window), mpl.colormaps[cmap])
     colour_bar = figure.colorbar(mappable, cax=axes)
-    colour_bar.set_label(label, color=ink, fontsize=9)
+    colour_bar.set_label(label, color=ink, fontsize=9, parse_math=False)
     colour_bar.outline.set_edgecolor(ink)
     axes.tick_params(colors=ink, labelsize=8)
