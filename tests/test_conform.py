@@ -1,4 +1,4 @@
-"""Conforming: every odd input is repaired with a note or refused with a cure, and no voxel moves."""
+"""Conforming: odd inputs are repaired with a note or refused with a cure; no voxel moves."""
 
 from __future__ import annotations
 
@@ -324,6 +324,7 @@ def test_files_that_cannot_be_read(tmp_path):
         "cut.nii": (plain[: len(plain) // 2], "truncated or damaged"),
         "header.nii": (plain[:100], "not a NIfTI file"),
         "noise.nii.gz": (packed[:2000] + bytes(2000) + packed[4000:], "truncated or damaged"),
+        "short.nii.gz": (gzip.compress(plain[:9000]), "ends before its last voxel"),
         "text.nii.gz": (b"hello world", "not a NIfTI file"),
         "text.nii": (b"hello world", "not a NIfTI file"),
         "zero.nii.gz": (b"", "the file is empty"),

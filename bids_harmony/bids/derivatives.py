@@ -139,6 +139,9 @@ def _looked_for(scan: Scan, folder: Path) -> str:
     looked = f"looked for {scan.folder}/{stem}_desc-brain_mask.nii.gz in {folder}"
     if not folder.is_dir():
         return f"{looked}, which does not exist"
+    gone = [path for path in _mask_names(scan, folder) if path.is_symlink()]
+    if gone:
+        return f"content not present: run `datalad get {gone[0]}`"
     near = sorted((folder / f"sub-{scan.subject}").glob("**/*_mask.nii*"))
     near = [path for path in near if "_space-" not in path.name]
     if near:
@@ -245,7 +248,10 @@ def _rivals(scan: Scan) -> list[str]:
     beside it with these entities either.
     """
     rivals = []
-    for path in sorted(scan.path.parent.iterdir()):
+    folders = [scan.path.parent]
+    if scan.session is None:
+        folders += sorted(scan.path.parent.parent.glob("ses-*/anat"))
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
         parsed = split_name(path.name)
         if parsed is None or parsed.extension not in IMAGE_EXTENSIONS:
             continue

@@ -230,6 +230,8 @@ def _unpack(proxy: Any) -> FloatArray:
         for start in range(0, data.size, step):
             stop = min(start + step, data.size)
             piece = stream.read((stop - start) * dtype.itemsize)
+            if len(piece) < (stop - start) * dtype.itemsize:
+                raise EOFError("the file ends before its last voxel")
             data[start:stop] = np.frombuffer(piece, dtype)
         while stream.read(PIECE):
             pass
