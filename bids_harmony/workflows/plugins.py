@@ -14,14 +14,15 @@ from functools import partial
 from traceback import format_exception
 from typing import Any
 
-from nipype.pipeline.plugins.linear import LinearPlugin
+from nipype.pipeline.plugins.base import PluginBase
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
+from nipype.utils.misc import str2bool
 
 from bids_harmony.errors import ExitCode
 from bids_harmony.resources import thread_environment
 
-_HARMONY_ERROR = re.compile(r"^bids_harmony\.errors\.(\w+): (.+)$", re.MULTILINE)
-_ANY_ERROR = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\w*)(?:: (.*))?$", re.M)
+_HARMONY_ERROR = re.compile(r"^\s*bids_harmony\.errors\.(\w+): (.+)$", re.MULTILINE)
+_ANY_ERROR = re.compile(r"^\s*([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\w*)(?:: (.*))?$", re.M)
 _EXIT_CODES = {
     "ScanError": ExitCode.DATA,
     "OutputError": ExitCode.CANNOT_CREATE,
@@ -71,22 +72,33 @@ def describe_failure(node: str, traceback: str) -> NodeFailure:
     return NodeFailure(node, f"{name}: {text}", ExitCode.FAILURE, traceback)
 
 
-class HarmonyLinear(LinearPlugin):
+class HarmonyLinear(PluginBase):
     """One node after the other in this process, for a single scan; failures are collected."""
 
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args=plugin_args)
         self.failures: list[NodeFailure] = []
-        inner = self._status_callback
 
-        def collect(node: Any, status: str) -> None:
-            if status == "exception":
+    def run(self, graph: Any, config: Any, updatehash: bool = False) -> None:
+        """Run every node whose predecessors came through."""
+        import networkx as nx
+
+        lost: set[Any] = set()
+        for node in nx.topological_sort(graph):
+            if node in lost:
+                continue
+            status = "end"
+            try:
+                node.run(updatehash=updatehash)
+            except Exception:  # noqa: BLE001  any failure of a node is recorded, the rest goes on
                 text = "".join(format_exception(*sys.exc_info()))
                 self.failures.append(describe_failure(node.fullname, text))
-            if inner:
-                inner(node, status)
-
-        self._status_callback = collect
+                lost |= nx.descendants(graph, node)
+                status = "exception"
+            if self._status_callback:
+                self._status_callback(node, status)
+            if self.failures and str2bool(config["execution"]["stop_on_first_crash"]):
+                return
 
 
 def _prepare_worker(cwd: str, environment: dict[str, str], log_level: int) -> None:
