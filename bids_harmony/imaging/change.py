@@ -24,8 +24,8 @@ from bids_harmony.imaging.quantiles import (
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-SEAM_VOXELS = 6.0
-_SEAM_SIGMA = 2.0
+SEAM_SIGMA = 2.5
+_SEAM_REACH = 3.0
 _SEAM_GAIN = (0.5, 2.0)
 _END_SLOPE = (0.5, 2.0)
 
@@ -140,9 +140,9 @@ def apply_change(
 
     Inside the mask: ``max(scaled + change, 0)``. Outside: 0, or with `keep_head` the curve of the
     scan. Where the change at the brain's edge differs from the curve (a change that varies in
-    space), the curve is multiplied by the local brain's ratio of the two, fading to 1 over
-    `SEAM_VOXELS` voxels, so that no edge appears at the mask. A ratio, not a difference: dark
-    voxels beside the brain stay dark.
+    space), the curve is multiplied by the local brain's ratio of the two, a Gaussian average (SD
+    `SEAM_SIGMA` voxels) that fades to 1 with the mask's, so that no edge appears at the mask.
+    A ratio, not a difference: dark voxels beside the brain stay dark.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def apply_change(
     if curve is None:
         raise ValueError("keep_head needs the brain's curve")
     head = curve(scaled)
-    box = _box(mask, int(SEAM_VOXELS))
+    box = _box(mask, int(np.ceil(_SEAM_REACH * SEAM_SIGMA)))
     head[box] *= _seam_gain(brain[box], head[box], mask[box])
     head[np.asarray(scaled) == 0 if zero is None else zero] = 0
     return np.where(mask, brain, head)
@@ -184,14 +184,18 @@ def apply_change(
 
 def _seam_gain(brain: FloatArray, head: FloatArray, mask: BoolArray) -> FloatArray:
     """Factor for voxels outside the mask: the local brain's harmonized-to-curve ratio, fading."""
-    numerator = ndimage.gaussian_filter(np.where(mask, brain, 0), _SEAM_SIGMA, mode="constant")
-    denominator = ndimage.gaussian_filter(np.where(mask, head, 0), _SEAM_SIGMA, mode="constant")
-    ratio = np.ones_like(brain)
+    numerator, denominator = _blur(np.where(mask, brain, 0)), _blur(np.where(mask, head, 0))
+    ratio = np.ones_like(numerator)
     # Far from the brain both sums vanish and their ratio would be rounding noise.
     np.divide(numerator, denominator, out=ratio, where=denominator > 1e-5)
-    distance = ndimage.distance_transform_edt(~mask)
-    fade = np.clip(1 - (distance - 1) / SEAM_VOXELS, 0, 1)
-    return (1 + fade * (np.clip(ratio, *_SEAM_GAIN) - 1)).astype(np.float32)
+    fade = np.minimum(2 * _blur(mask), 1)  # 1 at a flat edge, where half the Gaussian is inside
+    return 1 + fade * (np.clip(ratio, *_SEAM_GAIN) - 1)
+
+
+def _blur(image: NDArray[Any]) -> FloatArray:
+    return ndimage.gaussian_filter(
+        image.astype(np.float32), SEAM_SIGMA, mode="constant", truncate=_SEAM_REACH
+    )
 
 
 def _box(mask: BoolArray, margin: int) -> tuple[slice, ...]:
