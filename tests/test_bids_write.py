@@ -118,6 +118,18 @@ def test_forms_are_the_same_for_every_right_angled_affine(tmp_path):
         np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=1e-4)
 
 
+def test_itk_reads_the_same_place(tmp_path):
+    """ITK prefers the qform and nibabel the sform; what we write means the same to both."""
+    ants = pytest.importorskip("ants")
+    path = save_nifti(volume(), AFFINE, tmp_path / "a.nii.gz")
+    itk = ants.image_read(str(path))
+    flip = np.diag([-1, -1, 1])
+    np.testing.assert_allclose(flip @ np.array(itk.origin), AFFINE[:3, 3], atol=1e-4)
+    axes = flip @ np.array(itk.direction) * np.array(itk.spacing)
+    np.testing.assert_allclose(axes, AFFINE[:3, :3], atol=1e-4)
+    np.testing.assert_array_equal(itk.numpy(), volume())
+
+
 def test_nifti_bytes_are_reproducible(tmp_path):
     save_nifti(volume(), AFFINE, tmp_path / "a.nii.gz")
     save_nifti(volume(), AFFINE, tmp_path / "other.nii.gz")
