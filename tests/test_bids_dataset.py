@@ -26,7 +26,7 @@ from bids_harmony.bids.dataset import (
 from bids_harmony.bids.names import ENTITY_ORDER, derivative_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import save_nifti, write_json
-from bids_harmony.errors import DatasetError, OutputError
+from bids_harmony.errors import OutputError
 
 OUT = Path("/out")
 TEMPLATE = "MNI152NLin2009aSym"
@@ -156,8 +156,14 @@ def test_description(raw):
     assert described["SourceDatasets"] == [{"DOI": "doi:10.1/x"}]
     assert described["License"] == "CC0"
     assert str(raw) not in json.dumps(described)
-    with pytest.raises(DatasetError, match=r"no dataset_description\.json"):
-        dataset_description(out, raw.parent, version="1", container={})
+
+
+def test_raw_data_set_without_description(tmp_path):
+    """Validation can be skipped; the derivatives are described all the same."""
+    described = dataset_description(tmp_path / "out", tmp_path, version="1", container={})
+    assert described["Name"] == "bids_harmony: harmonized brain MRI"
+    assert described["SourceDatasets"] == [{"URL": ".."}]
+    assert "License" not in described
 
 
 def test_links_and_uris(raw):

@@ -37,7 +37,7 @@ def files_in_database(bids_dir: Path, database: Path) -> dict[str, list[tuple[st
     from bids.layout import BIDSLayout
 
     try:
-        layout = BIDSLayout(database_path=str(database))
+        layout = BIDSLayout(database_path=str(database), validate=False)
     except Exception as error:
         raise DatasetError(
             f"the pybids database {database} cannot be read ({error}); delete it to rebuild it"

@@ -15,7 +15,7 @@ from typing import Any
 from bids_harmony.bids.find import read_description
 from bids_harmony.bids.names import check_label
 from bids_harmony.bids.write import atomic_write_text, output_error, write_json, write_tsv
-from bids_harmony.errors import OutputError
+from bids_harmony.errors import DatasetError, OutputError
 
 NAME = "bids_harmony"
 BIDS_VERSION = "1.11.1"
@@ -78,8 +78,6 @@ def write_dataset(
     ------
     OutputError
         If something cannot be written.
-    DatasetError
-        If the raw data set has no usable dataset_description.json.
     """
     if container is None:
         container = container_info(os.environ)
@@ -98,7 +96,11 @@ def dataset_description(
     out_dir: Path, bids_dir: Path, *, version: str, container: Mapping[str, str]
 ) -> dict[str, Any]:
     """Content of dataset_description.json of the derivatives."""
-    raw = read_description(bids_dir)
+    try:
+        raw = read_description(bids_dir)
+    except DatasetError:
+        # Whoever goes on without a valid raw description has asked for it.
+        raw = {}
     link = raw_link(out_dir, bids_dir)
     made_by: dict[str, Any] = {
         "Name": NAME,
