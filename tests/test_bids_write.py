@@ -235,7 +235,7 @@ def test_read_only_file_system(tiny_disk):
 
 
 def _write_often(path: Path, number: int) -> None:
-    for round_ in range(40):
+    for round_ in range(15):
         write_json(path, {"writer": number, "round": round_, "filler": "x" * 20_000})
 
 
