@@ -332,6 +332,16 @@ def test_wm_peak_is_one_factor():
     assert any("unusual factor" in sentence for sentence in result.warnings)
 
 
+def test_broad_peak_is_reported():
+    model = fitted("wm-peak")
+    even, uneven = (model.harmonize(brain(5, bias=bias), seed=0) for bias in (0.0, 0.45))
+    assert not even.warnings
+    # White matter is 0.88 with Gaussian scatter here: half width 2.355 SD, widened by the density.
+    assert 0.04 < even.details["relative_width"] < 0.15
+    assert uneven.details["relative_width"] > 0.35
+    assert any("bias correction" in sentence for sentence in uneven.warnings)
+
+
 # --- SSIMH
 
 
@@ -372,7 +382,13 @@ def test_ssimh_does_not_darken_a_larger_brain():
     result = Ssimh.fit([small], seed=0).harmonize(large, seed=0)
     centre = SHAPE[2] // 2
     inside = large.mask[..., centre]
-    assert result.data[..., centre][inside].mean() == pytest.approx(0.7, rel=0.04)
+    assert result.data[..., centre][inside].mean() == pytest.approx(0.7, rel=0.01)
+    # The plain swap is off by a tenth, so the case can fail.
+    plain, other = (
+        fft.dctn(v.data[..., centre].astype(float), norm="ortho") for v in (large, small)
+    )
+    plain[:3, :3] = other[:3, :3]
+    assert fft.idctn(plain, norm="ortho")[inside].mean() < 0.65
     assert result.details["slices_left"] > 0  # the large brain's top slices have no reference
     top = np.flatnonzero(large.mask.any(axis=(0, 1)))[-1]
     assert np.array_equal(result.data[..., top], large.data[..., top])
@@ -451,7 +467,8 @@ def test_white_matter_peak_against_labels(name):
     counts, edges = np.histogram(data[white], 512, (0, 1.5))
     mode = edges[ndimage.gaussian_filter1d(counts.astype(float), 10).argmax()]
     assert find_peak(Volume(data, mask, "T1w", spacing)) == pytest.approx(mode, rel=0.02)
-    noisy = np.hypot(data, np.random.default_rng(0).normal(0, 0.07, data.shape))
+    noise = np.random.default_rng(0).normal(0, 0.07, (2, *data.shape))
+    noisy = np.hypot(data + noise[0], noise[1])
     noisy = Volume(noisy.astype(np.float32), mask, "T1w", spacing)
     assert find_peak(noisy) == pytest.approx(mode, rel=0.03)
 

@@ -20,6 +20,7 @@ _FLAT_PERCENT = 60.0
 _PROMINENCE = 0.05
 _HEIGHT = 0.15
 _USUAL_FACTOR = (0.5, 2.0)
+_USUAL_WIDTH = 0.35
 
 
 class WhiteMatterPeak(StatisticalMethod):
@@ -49,13 +50,23 @@ class WhiteMatterPeak(StatisticalMethod):
     def _map(
         self, volume: Volume, state: Float64Array
     ) -> tuple[Float64Array, dict[str, Any], tuple[str, ...]]:
-        peak = find_peak(volume)
+        peak, width = _locate(volume)
         factor = float(state[0]) / peak
-        details = {"peak": peak, "reference_peak": float(state[0]), "factor": factor}
-        warnings: tuple[str, ...] = ()
+        details = {
+            "peak": peak,
+            "relative_width": width,
+            "reference_peak": float(state[0]),
+            "factor": factor,
+        }
+        warnings = []
         if not _USUAL_FACTOR[0] <= factor <= _USUAL_FACTOR[1]:
-            warnings = (f"The peak needs an unusual factor of {factor:.2f}; look at the scan.",)
-        return in_mask(volume) * factor, details, warnings
+            warnings.append(f"The peak needs an unusual factor of {factor:.2f}; look at the scan.")
+        if width > _USUAL_WIDTH:
+            warnings.append(
+                f"The tissue peak is broad ({width:.0%} of its intensity at half height) and its "
+                "place uncertain; check the bias correction."
+            )
+        return in_mask(volume) * factor, details, tuple(warnings)
 
 
 def find_peak(volume: Volume) -> float:
@@ -76,6 +87,11 @@ def find_peak(volume: Volume) -> float:
     ScanError
         If no mode lies at a positive intensity.
     """
+    return _locate(volume)[0]
+
+
+def _locate(volume: Volume) -> tuple[float, float]:
+    """Peak as in `find_peak`, and its width at half height divided by its intensity."""
     values, depth = _homogeneous_brain(volume)
     top = 1.2 * float(np.percentile(values, 99.5))
     if top <= 0:
@@ -94,7 +110,11 @@ def find_peak(volume: Volume) -> float:
             f"{volume.name or 'scan'}: the brain's histogram has no peak; check image and mask"
         )
     chosen = peaks[-1] if volume.modality == "T1w" else peaks[np.argmax(density[peaks])]
-    return float(0.5 * (edges[chosen] + edges[chosen + 1]))
+    peak = float(0.5 * (edges[chosen] + edges[chosen + 1]))
+    above = density >= 0.5 * density[chosen]
+    left = chosen - np.argmin(above[chosen::-1]) if not above[: chosen + 1].all() else 0
+    right = chosen + np.argmin(above[chosen:]) if not above[chosen:].all() else _BINS
+    return peak, float(right - left) / _BINS * top / peak
 
 
 def _homogeneous_brain(volume: Volume) -> tuple[Float64Array, Float64Array]:
