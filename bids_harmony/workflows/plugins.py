@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 from traceback import format_exception
 from typing import Any
 
@@ -29,6 +30,7 @@ _EXIT_CODES = {
     "MissingInputError": ExitCode.NO_INPUT,
     "UsageError": ExitCode.USAGE,
 }
+_WARM_UP_SECONDS = 0.3
 _LOST_WORKER = (
     "the worker process was killed, probably out of memory: lower --nprocs, raise --mem, "
     "or run fewer scans at once"
@@ -137,6 +139,10 @@ class HarmonyMultiProc(MultiProcPlugin):
                 args.get("log_level", logging.CRITICAL),
             ),
         )
+        # The pool watches only the workers that lived when it last woke: start all of them now,
+        # so that every later submission wakes it with the full list.
+        for _ in range(self.processors):
+            self.pool.submit(sleep, _WARM_UP_SECONDS)
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         self._taskid += 1
