@@ -7,11 +7,14 @@ grid:
 
     PSNR = 20 log10(peak / RMSE),  RMSE over the brain mask, peak = maximum of the truth in it.
 
-Three readings: ``clean`` takes the scan and the other subject's scan without bias field, transmit
-error and noise (what is left is anatomy and contrast); ``acquired`` takes both as stored;
+Four readings. ``corrected`` takes both scans as stored, divided by their true receive bias field
+(a perfect N4; noise and transmit error stay): this is what real scans are after preprocessing,
+and the figure to compare. ``clean`` takes both without bias field, transmit error and noise (what
+is left is anatomy and contrast); ``acquired`` takes both as stored;
 ``own`` is ``clean`` with the subject's own histogram, what is lost even if all subjects shared
-one. A site's figure is the median over all pairs of two different subjects. On real travelling subjects histogram matching reads about 26.5 dB; simulated subjects that share one
-histogram read about 37 dB, and then nothing can be learned from a comparison with it.
+one. A site's figure is the median over all pairs of two different subjects. On real travelling
+subjects histogram matching reads about 26.5 dB; simulated subjects that share one histogram read
+about 37 dB, and then nothing can be learned from a comparison with it.
 
     python benchmarks/phantom_realism.py [--subjects 8] [--resolution 2] [--modality T1w]
 """
@@ -38,26 +41,34 @@ def psnr(image: FloatArray, truth: FloatArray) -> float:
     return 20 * float(np.log10(truth.max() / error))
 
 
-def brain_values(scan: Scan, contrast: str | None) -> FloatArray:
-    """Values in the brain mask: one noise-free contrast, or (None) the scan as stored."""
-    image = scan.image * scan.slope if contrast is None else scan.truth[contrast]
+def brain_values(image: FloatArray, scan: Scan) -> FloatArray:
+    """Values of an image in the brain mask of its scan."""
     return np.asarray(image[scan.brain >= 0.5], dtype=float)
 
 
-def score(scan: Scan, other: Scan, site: str) -> tuple[float, float]:
-    """PSNR after histogram matching of one scan to another subject's: clean, acquired."""
-    truth = brain_values(scan, REFERENCE)
-    clean = match_histograms(brain_values(scan, site), brain_values(other, REFERENCE))
-    acquired = match_histograms(brain_values(scan, None), brain_values(other, None))
-    # The global gain of a scan is arbitrary: bring it to the truth's level by the median.
-    factor = np.median(truth) / np.median(acquired)
-    return psnr(clean, truth), psnr(acquired * factor, truth)
+def score(scan: Scan, other: Scan, site: str) -> tuple[float, float, float]:
+    """PSNR after matching one scan to another subject's: corrected, clean, acquired."""
+    truth = brain_values(scan.truth[REFERENCE], scan)
+    stored, target = scan.image * scan.slope, other.image * other.slope
+    pairs = [
+        (stored / scan.bias, target / other.bias),
+        (scan.truth[site], other.truth[REFERENCE]),
+        (stored, target),
+    ]
+    scores = []
+    for image, reference in pairs:
+        matched = match_histograms(brain_values(image, scan), brain_values(reference, other))
+        # The gain of a stored scan is arbitrary: the medians bring it to the truth's level.
+        level = brain_values(other.truth[REFERENCE], other)
+        matched = matched * np.median(level) / np.median(brain_values(reference, other))
+        scores.append(psnr(matched, truth))
+    return scores[0], scores[1], scores[2]
 
 
 def own_histogram(scan: Scan, site: str) -> float:
-    """PSNR after histogram matching to the truth itself."""
-    truth = brain_values(scan, REFERENCE)
-    return psnr(match_histograms(brain_values(scan, site), truth), truth)
+    """PSNR of the clean scan after histogram matching to the truth itself."""
+    truth = brain_values(scan.truth[REFERENCE], scan)
+    return psnr(match_histograms(brain_values(scan.truth[site], scan), truth), truth)
 
 
 def collect(
@@ -86,7 +97,7 @@ def main() -> None:
     resolution = options.resolution or None
     scans = collect(options.subjects, options.modality, resolution, options.random_seed)
     table = []
-    print("site\tclean\t(range)\tacquired\town\t(median PSNR over pairs, dB)")
+    print("site\tcorrected\t(range)\tclean\tacquired\town\t(median PSNR over pairs, dB)")
     for name, own in scans.items():
         if name == REFERENCE:
             continue
@@ -96,18 +107,16 @@ def main() -> None:
             for j, other in enumerate(scans[REFERENCE])
             if i != j
         ]
-        clean, acquired = (np.array(column) for column in zip(*pairs, strict=True))
-        row = (
-            np.median(clean),
-            np.median(acquired),
-            np.median([own_histogram(s, name) for s in own]),
-        )
+        columns = np.array(pairs)
+        lowest, highest = columns[:, 0].min(), columns[:, 0].max()
+        ceiling = np.median([own_histogram(scan, name) for scan in own])
+        row = [*np.median(columns, axis=0), ceiling]
         table.append(row)
-        print(
-            f"{name}\t{row[0]:.1f}\t{clean.min():.1f}-{clean.max():.1f}\t{row[1]:.1f}\t{row[2]:.1f}"
-        )
+        print(f"{name}\t{row[0]:.1f}\t{lowest:.1f}-{highest:.1f}", end="")
+        print("".join(f"\t{value:.1f}" for value in row[1:]))
     middle = np.median(np.array(table), axis=0)
-    print(f"median over sites\t{middle[0]:.1f}\t\t{middle[1]:.1f}\t{middle[2]:.1f}")
+    print(f"median over sites\t{middle[0]:.1f}\t", end="")
+    print("".join(f"\t{value:.1f}" for value in middle[1:]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nibabel as nib
 import numpy as np
@@ -11,15 +11,15 @@ from numpy.polynomial import legendre
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from bids_harmony.phantom.anatomy import Anatomy
+from bids_harmony.phantom.anatomy import LATTICE, Anatomy
 from bids_harmony.phantom.person import Person, stream
-from bids_harmony.phantom.signal import TISSUES, tissue_table, vary_tissues
+from bids_harmony.phantom.signal import TISSUES, Tissue, tissue_table, vary_tissues
 from bids_harmony.phantom.sites import Protocol, Site
 
 FloatArray = NDArray[np.floating]
 
 #: Field of view and its centre in the head, mm: right, front, up.
-FIELD_OF_VIEW = np.array([192.0, 236.0, 206.0])
+FIELD_OF_VIEW = np.array([198.0, 236.0, 206.0])
 CENTRE = np.array([0.0, -8.0, -6.0])
 #: Full width at half maximum of a Gaussian over its standard deviation.
 _FWHM = 2.3548
@@ -125,19 +125,50 @@ def resample(
     -------
     Mean per voxel, float32, shape ``shape``.
     """
+    out = np.zeros(shape, dtype=np.float32)
+    box = _touched(values, to_index, shape)
+    if box is None:
+        return out
+    size = np.array([s.stop - s.start for s in box])
     fine = np.eye(4)
     fine[:3, :3] = np.diag(1 / np.array(parts))
-    fine[:3, 3] = (1 / np.array(parts) - 1) / 2
+    fine[:3, 3] = (1 / np.array(parts) - 1) / 2 + [s.start for s in box]
     matrix = to_index @ fine
     dense = ndimage.affine_transform(
         values,
         matrix[:3, :3],
         offset=matrix[:3, 3],
-        output_shape=tuple(n * p for n, p in zip(shape, parts, strict=True)),
+        output_shape=tuple(size * parts),
         order=1,
     )
-    split = dense.reshape([k for n, p in zip(shape, parts, strict=True) for k in (n, p)])
-    return split.mean(axis=(1, 3, 5), dtype=np.float32)
+    split = dense.reshape([k for n, p in zip(size, parts, strict=True) for k in (n, p)])
+    out[box] = split.mean(axis=(1, 3, 5), dtype=np.float32)
+    return out
+
+
+def _index_map(start: FloatArray, spacing: float) -> FloatArray:
+    """Affine from position in the head (mm) to index of a grid."""
+    matrix = np.diag([1 / spacing] * 3 + [1.0])
+    matrix[:3, 3] = -start / spacing
+    return matrix
+
+
+def _touched(
+    values: FloatArray, to_index: FloatArray, shape: tuple[int, ...]
+) -> tuple[slice, ...] | None:
+    """Box of scan voxels that can be other than zero; None when there is none."""
+    found = ndimage.find_objects((values != 0).astype(np.uint8))
+    if not found:
+        return None
+    ends = [(s.start - 1, s.stop) for s in found[0]]
+    corners = np.array(np.meshgrid(*ends)).reshape(3, -1)
+    back = np.linalg.inv(to_index)
+    voxel = back[:3, :3] @ corners + back[:3, 3:]
+    low = np.clip(np.floor(voxel.min(axis=1)).astype(int) - 1, 0, shape)
+    high = np.clip(np.ceil(voxel.max(axis=1)).astype(int) + 2, 0, shape)
+    if (high <= low).any():
+        return None
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
 def bias_field(shape: tuple[int, ...], strength: float, rng: np.random.Generator) -> FloatArray:
@@ -186,7 +217,12 @@ def transmit_field(shape: tuple[int, ...], affine: FloatArray, spread: float) ->
 
 
 def contrast(
-    fractions: FloatArray, person: Person, site: Site, protocol: Protocol, b1: FloatArray | None
+    fractions: FloatArray,
+    t1_change: FloatArray,
+    person: Person,
+    site: Site,
+    protocol: Protocol,
+    b1: FloatArray | None,
 ) -> FloatArray:
     """Signal of mixed tissue, relative to pure white matter of the average adult.
 
@@ -194,6 +230,9 @@ def contrast(
     ----------
     fractions
         Share of each class of ``TISSUES``, shape (8, X, Y, Z).
+    t1_change
+        Logarithm of T1 over the mean T1 of the tissue, for brain tissue, shape (X, Y, Z); small:
+        its effect is linearised.
     person
         Whose relaxation times.
     site, protocol
@@ -216,7 +255,19 @@ def contrast(
         else:
             values = protocol.signal(table[name], nodes) / unit
             total += share * np.interp(b1, nodes, values).astype(np.float32)
+        if name in ("GM", "WM", "lesion"):
+            total += share * t1_change * np.float32(_t1_slope(protocol, table[name]) / unit)
     return total
+
+
+def _t1_slope(protocol: Protocol, tissue: Tissue) -> float:
+    """Change of the signal per change of the logarithm of T1, at the nominal flip angle."""
+    step = 0.03
+    longer, shorter = (
+        protocol.signal(replace(tissue, t1=tissue.t1 * np.exp(sign * step)), np.ones(()))
+        for sign in (1, -1)
+    )
+    return float(longer - shorter) / (2 * step)
 
 
 def _blurred(image: FloatArray, protocol: Protocol, voxel: FloatArray, scale: float) -> FloatArray:
@@ -272,21 +323,24 @@ def acquire(
     rng = stream(person.seed, person.index, f"scan {site.name} {modality}")
     voxel, scale = voxel_size(protocol, resolution)
     shape, affine = scan_grid(site, protocol, voxel)
-    to_index = np.diag([1 / anatomy.spacing] * 3 + [1.0])
-    to_index[:3, 3] = -anatomy.start / anatomy.spacing
-    to_index = to_index @ head_pose(rng) @ affine
+    to_head = head_pose(rng) @ affine
+    to_index = _index_map(anatomy.start, anatomy.spacing) @ to_head
     parts = tuple(max(1, round(v / anatomy.spacing)) for v in voxel)
     fractions = np.stack([resample(f, to_index, shape, parts) for f in anatomy.fractions])
     brain = resample(anatomy.brain, to_index, shape, parts)
+    to_lattice = _index_map(anatomy.start, LATTICE) @ to_head
+    t1_change = resample(anatomy.t1_change, to_lattice, shape, (1, 1, 1))
     bias = bias_field(shape, site.bias, rng)
     b1 = transmit_field(shape, affine, site.b1_spread)
     gain = site.gain * float(np.exp(rng.normal(0, 0.12)))
-    clean = np.abs(contrast(fractions, person, site, protocol, b1))
+    clean = np.abs(contrast(fractions, t1_change, person, site, protocol, b1))
     clean = _blurred(clean, protocol, voxel, scale) * bias
     noise = rng.standard_normal((2, *shape), dtype=np.float32) / np.float32(protocol.snr)
     image, slope = _store(gain * np.hypot(clean + noise[0], noise[1]), site.dtype)
-    truth = {}
+    truth: dict[str, FloatArray] = {}
     for name, other in contrasts.items():
-        ideal = np.abs(contrast(fractions, person, other, other.protocols[modality], None))
+        ideal = np.abs(
+            contrast(fractions, t1_change, person, other, other.protocols[modality], None)
+        )
         truth[name] = (other.gain * _blurred(ideal, protocol, voxel, scale)).astype(np.float32)
     return Scan(image, slope, affine, fractions, brain, bias, truth)

@@ -20,8 +20,8 @@ FloatArray = NDArray[np.floating]
 #: Spacing of the velocity field, mm.
 LATTICE = 4.0
 #: Corner and size of a subject's box, mm: head-centred coordinates, right, front, up.
-START = np.array([-96.0, -128.0, -112.0])
-SIZE = np.array([192.0, 240.0, 212.0])
+START = np.array([-100.0, -128.0, -112.0])
+SIZE = np.array([200.0, 240.0, 212.0])
 #: Width of the borders of tissue and of white matter, in units of the average maps.
 _TISSUE_EDGE, _WHITE_EDGE = 0.34, 0.42
 
@@ -42,6 +42,8 @@ class Anatomy:
         Position of voxel (0, 0, 0), mm.
     displacement
         Non-linear part of the map from this head to the template, mm, at ``LATTICE`` mm.
+    t1_change
+        Logarithm of T1 over the subject's mean T1 of that tissue, at ``LATTICE`` mm.
     """
 
     fractions: FloatArray
@@ -49,6 +51,7 @@ class Anatomy:
     spacing: float
     start: FloatArray
     displacement: FloatArray
+    t1_change: FloatArray
 
 
 def ramp(distance: FloatArray, width: float) -> FloatArray:
@@ -84,12 +87,17 @@ def _on_template(values: FloatArray, position: FloatArray) -> FloatArray:
     return ndimage.map_coordinates(values, index, order=1, mode="nearest")
 
 
-def _random_velocity(person: Person) -> FloatArray:
-    """Random smooth deformation: large shape differences and smaller local ones."""
+def _random_velocity(person: Person, depth: FloatArray) -> FloatArray:
+    """Random smooth deformation: the whole head's shape, and smaller changes deep in the brain."""
     rng = stream(person.seed, person.index, "warp")
-    shape = _shape(LATTICE)
-    layers = ((7.0, 3.4), (3.0, 1.8), (1.6, 0.9))
-    return np.stack([sum(mm * smooth_noise(shape, s, rng) for s, mm in layers) for _ in range(3)])
+    inside = np.clip(0.2 + depth / 12.0, 0.2, 1.0)
+    layers = ((7.0, 3.4, np.ones_like(inside)), (3.0, 2.0, inside), (1.6, 1.0, inside))
+    return np.stack(
+        [
+            sum(mm * share * smooth_noise(depth.shape, sigma, rng) for sigma, mm, share in layers)
+            for _ in range(3)
+        ]
+    )
 
 
 def _ventricle_velocity(template: Template, position: FloatArray) -> FloatArray:
@@ -132,8 +140,9 @@ def deform(person: Person, template: Template) -> tuple[FloatArray, FloatArray]:
     steps, so that they get the subject's volume.
     """
     scale = _affine_scale(person, template)
-    random = _random_velocity(person)
-    start = _linear(scale, LATTICE) + exponential(random, LATTICE)
+    straight = _linear(scale, LATTICE)
+    random = _random_velocity(person, _on_template(template.brain, straight))
+    start = straight + exponential(random, LATTICE)
     volume = float(ramp(_on_template(template.brain, start), LATTICE).sum()) * LATTICE**3 / 1000
     scale = scale * (volume / person.icv) ** (1 / 3)
     flow = _ventricle_velocity(template, _linear(scale, LATTICE))
@@ -212,6 +221,19 @@ def _fractions_in_brain(
     return brain - solid, solid - wm, wm
 
 
+def _t1_change(person: Person, position: FloatArray) -> FloatArray:
+    """Regional differences of T1: shorter in the deep nuclei (iron), a few per cent elsewhere.
+
+    Putamen against cortex: Rooney et al. 2007, Magn Reson Med 57:308.
+    """
+    rng = stream(person.seed, person.index, "t1")
+    centre = np.array([0.0, -4.0, 2.0], dtype=np.float32)[:, None, None, None]
+    radius = np.linalg.norm((position - centre) / 26.0, axis=0)
+    shape = position.shape[1:]
+    noise = 0.02 * smooth_noise(shape, 3.0, rng) + 0.02 * smooth_noise(shape, 1.2, rng)
+    return (noise - 0.10 * np.exp(-(radius**2))).astype(np.float32)
+
+
 def _lesion_fraction(
     person: Person, wm: FloatArray, ventricles: FloatArray, spacing: float
 ) -> FloatArray:
@@ -271,4 +293,5 @@ def build_anatomy(person: Person, spacing: float = 1.0) -> Anatomy:
         wm = wm - lesion
     for name, part in (("CSF", csf), ("GM", gm), ("WM", wm)):
         fractions[TISSUES.index(name)] += part
-    return Anatomy(fractions, brain, spacing, START, displacement)
+    t1_change = _t1_change(person, _linear(scale, LATTICE) + displacement)
+    return Anatomy(fractions, brain, spacing, START, displacement, t1_change)

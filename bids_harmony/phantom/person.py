@@ -101,8 +101,8 @@ def make_person(seed: int, index: int, *, lesions: float = 0.0) -> Person:
     -----
     Ages follow the golden ratio sequence, so that few subjects already span 20 to 85 years.
     Hyperintensities: about 1 mL at 40, 10 mL at 80, with a wide spread (Wardlaw et al. 2015,
-    J Am Heart Assoc 4:001140, for the order of magnitude). T1 differs between people by 3 to
-    6 % (standard deviations in Stanisz et al. 2005 and Rooney et al. 2007).
+    J Am Heart Assoc 4:001140, for the order of magnitude). T1 differs between people by 4 %
+    (standard deviations of 2.5 to 6 % in Stanisz et al. 2005 and Rooney et al. 2007).
     """
     rng = stream(seed, index, "person")
     start = np.random.default_rng([seed, crc32(b"ages")]).uniform()
@@ -110,10 +110,10 @@ def make_person(seed: int, index: int, *, lesions: float = 0.0) -> Person:
     sex = "F" if rng.uniform() < 0.5 else "M"
     icv = float(np.clip(rng.normal(1380 if sex == "F" else 1540, 95), 1130, 1830))
     gm, wm, ventricles = expected_shares(age)
-    gm = gm + float(np.clip(rng.normal(0, 0.014), -0.03, 0.03))
-    wm = wm + float(np.clip(rng.normal(0, 0.013), -0.03, 0.03))
+    gm = gm + float(np.clip(rng.normal(0, 0.018), -0.04, 0.04))
+    wm = wm + float(np.clip(rng.normal(0, 0.018), -0.04, 0.04))
     ventricles *= float(np.exp(np.clip(rng.normal(0, 0.28), -0.6, 0.6)))
-    t1 = {name: float(np.exp(np.clip(rng.normal(0, 0.03), -0.07, 0.07))) for name in VARIED}
+    t1 = {name: float(np.exp(np.clip(rng.normal(0, 0.04), -0.09, 0.09))) for name in VARIED}
     has_lesions = rng.uniform() < lesions
     volume = float(np.exp(0.058 * (age - 40) + np.clip(rng.normal(0, 0.6), -1.2, 1.2)))
     return Person(

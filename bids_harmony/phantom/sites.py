@@ -130,13 +130,18 @@ class Site:
 
 
 def _spin_echo(
-    voxel: tuple[float, float, float], snr: float, field_strength: float
+    voxel: tuple[float, float, float],
+    snr: float,
+    t2w: tuple[float, float],
+    flair: tuple[float, float, float],
 ) -> dict[str, Protocol]:
-    slower = field_strength == 3.0
+    """T2w from (TR, TE) and FLAIR from (TR, TE, TI), seconds."""
+    tr, te = t2w
+    long_tr, long_te, ti = flair
     return {
-        "T2w": Protocol("tse", 5.0 if slower else 4.2, 0.1, 90, voxel, "LAS", snr, train=0.16),
+        "T2w": Protocol("tse", tr, te, 90, voxel, "LAS", snr, train=1.6 * te),
         "FLAIR": Protocol(
-            "tirtse", 9.0, 0.12, 90, voxel, "LAS", 0.8 * snr, ti=2.5 if slower else 2.4, train=0.2
+            "tirtse", long_tr, long_te, 90, voxel, "LAS", 0.8 * snr, ti=ti, train=1.6 * long_te
         ),
     }
 
@@ -147,25 +152,25 @@ def all_sites() -> dict[str, Site]:
         Site("mprage3", "Aurelia", "Magna 3", 3.0, 0.10, 0.12, 0.0, "int16", 600,
              {"T1w": Protocol("mprage", 2.3, 0.003, 9, (1, 1, 1), "PIR", 45, ti=0.9,
                               echo_spacing=0.0071, n_readouts=176),
-              **_spin_echo((0.9, 0.9, 3.0), 50, 3.0)}),
+              **_spin_echo((0.9, 0.9, 3.0), 50, (5.0, 0.100), (9.0, 0.120, 2.5))}),
         Site("mprage15", "Borealis", "Vela 1.5", 1.5, 0.07, 0.04, -8.0, "int16", 250,
              {"T1w": Protocol("mprage", 1.9, 0.0039, 15, (1.2, 1.0, 1.0), "RAS", 24, ti=1.1,
                               echo_spacing=0.0087, n_readouts=160),
-              **_spin_echo((1.0, 1.0, 4.0), 32, 1.5)}),
+              **_spin_echo((1.0, 1.0, 4.0), 32, (4.2, 0.110), (9.0, 0.115, 2.45))}),
         Site("spgr3", "Cygnal", "Tor 3.0", 3.0, 0.12, 0.14, 5.0, "int16", 1800,
              {"T1w": Protocol("spgr", 0.0098, 0.0046, 12, (0.9, 0.9, 1.2), "LAS", 32),
-              **_spin_echo((0.8, 0.8, 4.0), 40, 3.0)}),
+              **_spin_echo((0.8, 0.8, 4.0), 40, (6.0, 0.085), (10.0, 0.140, 2.65))}),
         Site("spgr15", "Dorado", "Echo 15", 1.5, 0.09, 0.05, -4.0, "uint8", 90,
              {"T1w": Protocol("spgr", 0.022, 0.006, 28, (1.0, 1.0, 1.5), "LPS", 20),
-              **_spin_echo((1.0, 1.0, 5.0), 26, 1.5)}),
+              **_spin_echo((1.0, 1.0, 5.0), 26, (3.6, 0.090), (8.0, 0.105, 2.25))}),
         Site("thick15", "Eridan", "Clinic 1.5", 1.5, 0.12, 0.05, 12.0, "int16", 400,
              {"T1w": Protocol("spgr", 0.18, 0.0045, 75, (0.9, 0.9, 4.5), "LPS", 38,
                               blur=(1.2, 1.2, 0.0)),
-              **_spin_echo((0.9, 0.9, 5.0), 30, 1.5)}),
+              **_spin_echo((0.9, 0.9, 5.0), 30, (3.0, 0.100), (6.5, 0.110, 2.05))}),
         Site("biased3", "Fornax", "Wide 3T", 3.0, 0.26, 0.18, 3.0, "float32", 1.0,
-             {"T1w": Protocol("mprage", 2.0, 0.0024, 8, (1, 1, 1), "ASR", 26, ti=0.88,
+             {"T1w": Protocol("mprage", 2.4, 0.0024, 8, (1, 1, 1), "ASR", 26, ti=1.1,
                               echo_spacing=0.0065, n_readouts=192, blur=(0.8, 0.8, 0.8)),
-              **_spin_echo((1.0, 1.0, 3.0), 36, 3.0)}),
+              **_spin_echo((1.0, 1.0, 3.0), 36, (4.0, 0.120), (8.5, 0.095, 2.4))}),
     ]  # fmt: skip
     return {site.name: site for site in sites}
 
