@@ -1,8 +1,5 @@
 """One contract for every method, and each statistical method against independent arithmetic."""
 
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +12,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import fft, ndimage, stats
 from skimage.exposure import match_histograms
 
-from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import fit_scale
 from bids_harmony.methods import registry
 from bids_harmony.methods.base import Volume
-from bids_harmony.methods.histogram_matching import HistogramMatching
 from bids_harmony.methods.nyul import PERCENTILES, Nyul
 from bids_harmony.methods.ssimh import Ssimh
 from bids_harmony.methods.wm_peak import WhiteMatterPeak, find_peak
@@ -471,156 +467,3 @@ def test_white_matter_peak_against_labels(name):
     noisy = np.hypot(data + noise[0], noise[1])
     noisy = Volume(noisy.astype(np.float32), mask, "T1w", spacing)
     assert find_peak(noisy) == pytest.approx(mode, rel=0.03)
-
-
-# --- registry and cards
-
-
-def test_built_in_methods_have_a_card_each():
-    cards = registry.available()
-    assert {"histogram-matching", "nyul", "ssimh", "wm-peak", "zscore"} <= cards.keys()
-    for name, card in cards.items():
-        assert registry.load(name).name == card.name == name
-        assert card.summary.endswith(".")
-        assert card.citation
-
-
-def test_cards_are_read_without_importing_any_method():
-    code = """
-        import sys
-        from bids_harmony.methods.registry import available
-        available()
-        heavy = {"torch", "scipy", "ants", "numpy", "nibabel", "nipype"} & set(sys.modules)
-        assert not heavy, heavy
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-
-
-def test_table_has_a_row_per_method():
-    rows = registry.methods_table().strip().splitlines()
-    assert len(rows) == len(METHODS) + 2
-    assert len({row.count("|") for row in rows}) == 1
-    assert any(row.startswith("| `ssimh` | statistical | T1w, T2w, FLAIR") for row in rows)
-
-
-PLUGIN = """
-from bids_harmony.methods.zscore import ZScore
-from bids_harmony.metrics.similarity import edge_correlation, rank_agreement, wasserstein
-
-
-class Fancy(ZScore):
-    name = "fancy"
-"""
-CARD = """
-name = "fancy"
-title = "Fancy"
-summary = "A plug-in."
-kind = "statistical"
-modalities = ["T1w"]
-sites_to_train = 1
-paired = false
-labels = false
-grid = "native"
-memory_gb = 0.5
-devices = ["cpu"]
-monotone = true
-status = "experimental"
-citation = "Nobody 2020."
-"""
-
-
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """Install a distribution with one file, one card and one entry point."""
-
-    def install(dist, module="plug.deep.fancy_method", name="fancy", card=CARD, source=PLUGIN):
-        root = tmp_path / dist
-        *packages, stem = module.split(".")
-        folder = root.joinpath(*packages)
-        folder.mkdir(parents=True)
-        for depth in range(1, len(packages) + 1):
-            # Reading the card must not run the package.
-            init = root.joinpath(*packages[:depth]) / "__init__.py"
-            init.write_text("import builtins\nbuiltins.plugin_was_imported = True\n")
-        (folder / f"{stem}.py").write_text(source)
-        if card:
-            (folder / f"{name}.toml").write_text(card)
-        info = root / f"{dist}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(
-            f"[bids_harmony.methods]\n{name} = {module}:Fancy\n"
-        )
-        monkeypatch.syspath_prepend(str(root))
-        for loaded in [key for key in sys.modules if key.split(".")[0] == packages[0]]:
-            monkeypatch.delitem(sys.modules, loaded)
-
-    return install
-
-
-def test_plugin_is_found_and_loaded(plugin):
-    import builtins
-
-    plugin("fancy_dist")
-    card = registry.available()["fancy"]
-    assert (card.target, card.status) == ("plug.deep.fancy_method:Fancy", "experimental")
-    assert not hasattr(builtins, "plugin_was_imported")
-    try:
-        model = registry.load("fancy").fit([brain(1)], seed=0)
-    finally:
-        del builtins.plugin_was_imported
-    assert model.harmonize(brain(5), seed=0).data.max() > 0
-    assert "| `fancy` |" in registry.methods_table()
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"name": "nyul", "card": CARD.replace("fancy", "nyul")}, "two methods are named 'nyul'"),
-        ({"card": ""}, "fancy.toml: the method card of 'fancy' cannot be read"),
-        ({"card": CARD.replace('"fancy"', '"other"')}, "the card is named 'other'"),
-        ({"card": CARD.replace('grid = "native"', "")}, "lacks grid"),
-        ({"card": CARD + 'colour = "red"\n'}, "unknown fields colour"),
-        ({"card": CARD.replace("paired = false", 'paired = "no"')}, "paired must be bool"),
-        ({"card": CARD.replace("memory_gb = 0.5", "memory_gb = true")}, "memory_gb must be float"),
-        ({"card": CARD.replace('["cpu"]', "[1]")}, "devices must be"),
-        ({"card": CARD.replace('"statistical"', '"magic"')}, "kind must be"),
-        ({"card": "name = "}, "not valid TOML"),
-    ],
-)
-def test_broken_plugins_are_named(plugin, kwargs, message):
-    plugin("broken_dist", **kwargs)
-    with pytest.raises(UsageError, match=message):
-        registry.available()
-
-
-def test_two_plugins_with_one_name(plugin):
-    plugin("dist_one", module="plug_one.fancy")
-    plugin("dist_two", module="plug_two.fancy")
-    with pytest.raises(UsageError, match=r"dist_(one|two).*dist_(one|two).*uninstall one"):
-        registry.available()
-
-
-def test_a_missing_module_is_named(plugin, tmp_path):
-    plugin("ghost_dist", module="ghost.method")
-    (tmp_path / "ghost_dist" / "ghost" / "method.py").unlink()
-    with pytest.raises(UsageError, match=r"ghost_dist offers a method in ghost\.method"):
-        registry.available()
-
-
-def test_load_says_what_is_wrong(plugin):
-    with pytest.raises(UsageError, match=r"no method is named 'nyull'; choose from .*nyul"):
-        registry.load("nyull")
-    plugin("bad_dist", source="import no_such_module\n")
-    with pytest.raises(UsageError, match="cannot be loaded: No module named 'no_such_module'"):
-        registry.load("fancy")
-
-
-def test_load_refuses_what_is_not_a_method(plugin):
-    plugin("odd_dist", source="class Fancy:\n    name = 'fancy'\n")
-    with pytest.raises(UsageError, match="not a harmonization method"):
-        registry.load("fancy")
-
-
-def test_classes_are_those_of_the_cards():
-    assert registry.load("histogram-matching") is HistogramMatching
