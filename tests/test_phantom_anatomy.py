@@ -206,3 +206,10 @@ def test_noise_is_rician_and_of_the_stated_snr(people, heads):
     wm = (scan.fractions[TISSUES.index("WM")] > 0.98) & (scan.brain > 0.99)
     level = np.median((scan.image / scan.bias)[wm])
     assert level == pytest.approx(gain, rel=0.25)
+
+
+@pytest.mark.parametrize("modality", ["T1w", "T2w", "FLAIR"])
+def test_twelve_bit_scanners_clip_no_brain(people, heads, modality):
+    scan = acquire(heads[1], people[1], all_sites()["spgr3"], modality, {}, 3.0)
+    assert scan.image.max() <= 4095
+    assert (scan.image[scan.brain > 0.5] == 4095).mean() < 0.001

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=1, metavar="N", help="processes [1]")
     add("-v", "--verbose", action="store_true", help="say what is being written")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

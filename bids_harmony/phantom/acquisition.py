@@ -45,7 +45,7 @@ class Scan:
         Receive bias field, geometric mean 1 over the field of view.
     truth
         The image without bias field, transmit error and noise, per contrast, float32; white
-        matter is at the same level as the site's gain.
+        matter is at the gain of the site whose contrast it is.
     """
 
     image: NDArray[np.generic]
@@ -332,15 +332,15 @@ def acquire(
     t1_change = resample(anatomy.t1_change, to_lattice, shape, (1, 1, 1))
     bias = bias_field(shape, site.bias, rng)
     b1 = transmit_field(shape, affine, site.b1_spread)
-    gain = site.gain * float(np.exp(rng.normal(0, 0.12)))
+    gain = site.gain * protocol.gain * float(np.exp(rng.normal(0, 0.12)))
     clean = np.abs(contrast(fractions, t1_change, person, site, protocol, b1))
     clean = _blurred(clean, protocol, voxel, scale) * bias
     noise = rng.standard_normal((2, *shape), dtype=np.float32) / np.float32(protocol.snr)
     image, slope = _store(gain * np.hypot(clean + noise[0], noise[1]), site.dtype)
     truth: dict[str, FloatArray] = {}
     for name, other in contrasts.items():
-        ideal = np.abs(
-            contrast(fractions, t1_change, person, other, other.protocols[modality], None)
-        )
-        truth[name] = (other.gain * _blurred(ideal, protocol, voxel, scale)).astype(np.float32)
+        theirs = other.protocols[modality]
+        ideal = np.abs(contrast(fractions, t1_change, person, other, theirs, None))
+        level = np.float32(other.gain * theirs.gain)
+        truth[name] = (level * _blurred(ideal, protocol, voxel, scale)).astype(np.float32)
     return Scan(image, slope, affine, fractions, brain, bias, truth)

@@ -34,6 +34,12 @@ class Protocol:
         White-matter signal over the standard deviation of the noise in one channel.
     blur
         Full width at half maximum of the smoothing by the reconstruction, mm, along each axis.
+    echo_spacing, n_readouts
+        MPRAGE: time between two readout pulses, seconds, and their number per inversion.
+    train
+        Turbo spin echo: length of the echo train, seconds.
+    gain
+        Factor on the site's gain: lower where fluid is much brighter than white matter.
     """
 
     sequence: str
@@ -48,6 +54,7 @@ class Protocol:
     echo_spacing: float = 0.0
     n_readouts: int = 0
     train: float = 0.0
+    gain: float = 1.0
 
     def signal(self, tissue: Tissue, b1: NDArray[np.floating]) -> NDArray[np.floating]:
         """Signed signal of a tissue where the transmit field is ``b1`` times the nominal one."""
@@ -139,9 +146,18 @@ def _spin_echo(
     tr, te = t2w
     long_tr, long_te, ti = flair
     return {
-        "T2w": Protocol("tse", tr, te, 90, voxel, "LAS", snr, train=1.6 * te),
+        "T2w": Protocol("tse", tr, te, 90, voxel, "LAS", snr, train=1.6 * te, gain=0.3),
         "FLAIR": Protocol(
-            "tirtse", long_tr, long_te, 90, voxel, "LAS", 0.8 * snr, ti=ti, train=1.6 * long_te
+            "tirtse",
+            long_tr,
+            long_te,
+            90,
+            voxel,
+            "LAS",
+            0.8 * snr,
+            ti=ti,
+            train=1.6 * long_te,
+            gain=0.5,
         ),
     }
 
