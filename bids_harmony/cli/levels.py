@@ -84,6 +84,7 @@ class _Run:
         plugin, plugin_args = (
             read_plugin_file(config.use_plugin) if config.use_plugin else (None, {})
         )
+        logs = config.out_dir / "logs"
         self.engine = Engine(
             resources=self.resources,
             work_dir=config.work_dir,
@@ -91,8 +92,10 @@ class _Run:
             plugin=plugin,
             plugin_args=plugin_args,
             stop_on_first_crash=config.stop_on_first_crash,
-            resource_monitor=config.resource_monitor,
-            write_graph=config.out_dir / "logs" / "graph" if config.write_graph else None,
+            resource_monitor=logs / f"{self.uuid}_resources.json"
+            if config.resource_monitor
+            else None,
+            write_graph=logs / "graph" if config.write_graph else None,
             verbose=config.verbose,
         )
         self.spaces = tuple(dict.fromkeys(parse_space(s) for s in config.output_spaces))
@@ -235,7 +238,8 @@ class _Run:
 
     @property
     def _clean(self) -> bool:
-        return self.config.clean_workdir and not self.config.debug
+        kept = self.config.debug or self.config.resource_monitor
+        return self.config.clean_workdir and not kept
 
     def _find(
         self, modalities: Sequence[str], participants: Sequence[str]

@@ -11,6 +11,7 @@ from typing import Any
 
 from nipype.pipeline.engine import Workflow
 
+from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.errors import OutputError, UsageError
 from bids_harmony.resources import Resources, thread_environment
 from bids_harmony.workflows.plugins import (
@@ -19,6 +20,7 @@ from bids_harmony.workflows.plugins import (
     NodeFailure,
     describe_failure,
     set_log_level,
+    watch_resources,
 )
 
 LOG = logging.getLogger("bids_harmony")
@@ -39,8 +41,10 @@ class Engine:
         For the environment of workers.
     plugin, plugin_args
         Nipype plugin that the user named, and its arguments; None: ours.
-    stop_on_first_crash, resource_monitor, write_graph, verbose
+    stop_on_first_crash, verbose
         As on the command line.
+    resource_monitor, write_graph
+        Where to write the trace of memory and processor use, and the picture of the graph.
     """
 
     resources: Resources
@@ -49,7 +53,7 @@ class Engine:
     plugin: str | None = None
     plugin_args: Mapping[str, Any] = field(default_factory=dict)
     stop_on_first_crash: bool = False
-    resource_monitor: bool = False
+    resource_monitor: Path | None = None
     write_graph: Path | None = None
     verbose: int = 0
 
@@ -103,14 +107,14 @@ def run_graph(
     """
     _configure(workflow, engine)
     if engine.write_graph:
-        workflow.write_graph(
-            dotfilename=str(engine.write_graph), graph2use="colored", format="svg"
-        )
+        _draw(workflow, engine.write_graph)
 
     def callback(node: Any, status: str) -> None:
         if status in ("end", "exception"):
             on_node(node.fullname, status)
 
+    if engine.resource_monitor:
+        watch_resources()
     plugin = _plugin(engine, n_scans, callback)
     collected: list[NodeFailure] = []
     try:
@@ -123,7 +127,19 @@ def run_graph(
     except Exception as error:  # noqa: BLE001  nipype re-raises the first failure; all are collected
         if not getattr(plugin, "failures", None):
             collected.append(describe_failure(workflow.name, f"{type(error).__name__}: {error}"))
+    trace = engine.work_dir / workflow.name / "resource_monitor.json"
+    if engine.resource_monitor and trace.is_file():
+        atomic_write_text(engine.resource_monitor, trace.read_text())
     return [*getattr(plugin, "failures", []), *collected]
+
+
+def _draw(workflow: Workflow, path: Path) -> None:
+    """Picture of the graph; without graphviz only its source."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        workflow.write_graph(dotfilename=str(path), graph2use="colored", format="svg")
+    except OSError as error:
+        LOG.warning("--write-graph: %s.dot was written, no picture (%s)", path, error)
 
 
 def _plugin(engine: Engine, n_scans: int, callback: Callable[[Any, str], None]) -> Any:
@@ -136,6 +152,7 @@ def _plugin(engine: Engine, n_scans: int, callback: Callable[[Any, str], None]) 
         "threads": resources.omp_nthreads,
         "random_seed": engine.seed,
         "log_level": _log_level(engine.verbose),
+        "watch": engine.resource_monitor is not None,
         **engine.plugin_args,
     }
     if engine.plugin is not None:
@@ -163,7 +180,6 @@ def _configure(workflow: Workflow, engine: Engine) -> None:
         "check_version": "false",
         "stop_on_first_crash": str(engine.stop_on_first_crash).lower(),
     }
-    workflow.config["monitoring"] = {"enabled": str(engine.resource_monitor).lower()}
     set_log_level(_log_level(engine.verbose))
 
 

@@ -103,11 +103,20 @@ class HarmonyLinear(PluginBase):
                 return
 
 
-def _prepare_worker(cwd: str, environment: dict[str, str], log_level: int) -> None:
+def _prepare_worker(cwd: str, environment: dict[str, str], log_level: int, watch: bool) -> None:
     """Bound threads and seed before any library is loaded in the worker; quieten its log."""
     os.chdir(cwd)
     os.environ.update(environment)
     set_log_level(log_level)
+    if watch:
+        watch_resources()
+
+
+def watch_resources() -> None:
+    """Let Nipype record memory and processor use of the nodes that this process runs."""
+    from nipype import config
+
+    config.enable_resource_monitor()
 
 
 def set_log_level(level: int) -> None:
@@ -137,6 +146,7 @@ class HarmonyMultiProc(MultiProcPlugin):
                 self._cwd,
                 thread_environment(args.get("threads", 1), args.get("random_seed", 0)),
                 args.get("log_level", logging.CRITICAL),
+                args.get("watch", False),
             ),
         )
         # The pool watches only the workers that lived when it last woke: start all of them now,
