@@ -11,6 +11,12 @@ from scipy.interpolate import make_interp_spline
 
 Array = NDArray[Any]
 BoolArray = NDArray[np.bool_]
+BAND = 15.0
+EVIDENCE = 3.0
+SMOOTHING = 1.5
+BRIDGE = 3.0
+SULCUS = 4.0
+STRIPPED_ML = (600.0, 2200.0)
 
 
 def shrink_factors(zooms: Array, spacing: float) -> tuple[int, int, int]:
@@ -108,19 +114,103 @@ def background_value(data: Array) -> float:
     return float(values[counts.argmax()])
 
 
-def looks_skull_stripped(data: Array) -> bool:
+def intensity_evidence(data: Array, prior: Array, zooms: Array) -> NDArray[np.float32]:
+    """Log-odds of brain by intensity, learned from the scan itself.
+
+    Histograms of the certain brain (prior above .9) and of what lies within `BAND` mm around the
+    possible brain (prior below .1) give p(value | brain) / p(value | around).
+
+    Parameters
+    ----------
+    data, prior
+        Shape (X, Y, Z); prior 0..1.
+    zooms
+        Voxel size in mm.
+
+    Returns
+    -------
+    Shape (X, Y, Z), clipped to +-`EVIDENCE`.
+    """
+    brain, around = prior > 0.9, prior < 0.1
+    distance = ndimage.distance_transform_edt(around, sampling=zooms)
+    around &= distance < BAND
+    edges = np.unique(np.quantile(data[brain | around], np.linspace(0, 1, 65)))
+    level = np.clip(np.searchsorted(edges, data) - 1, 0, max(len(edges) - 2, 0))
+    counts = [
+        ndimage.gaussian_filter1d(np.bincount(level[part], minlength=len(edges)) + 1.0, 1.5)
+        for part in (brain, around)
+    ]
+    odds = np.log(counts[0] / counts[0].sum()) - np.log(counts[1] / counts[1].sum())
+    return np.clip(odds, -EVIDENCE, EVIDENCE)[level].astype(np.float32)
+
+
+def refine_mask(data: Array, prior: Array, zooms: Array) -> BoolArray:
+    """Brain mask from a registered prior and the scan's own intensities.
+
+    The log-odds of the prior and of the intensities are added and smoothed; thin bridges to the
+    scalp are opened, sulci closed, cavities filled. Voxels with a prior below .02 are never brain,
+    those above .98 always, so that lesions and ventricles stay.
+
+    Parameters
+    ----------
+    data, prior
+        Scan and brain probability on one grid, shape (X, Y, Z).
+    zooms
+        Voxel size in mm.
+    """
+    known = np.clip(prior, 0.005, 0.995)
+    odds = np.log(known / (1 - known)) + intensity_evidence(data, prior, zooms)
+    smooth = ndimage.gaussian_filter(odds, SMOOTHING / np.asarray(zooms))
+    mask = (smooth > 0) & (prior > 0.02)
+    core = largest_component(ball_erode(mask, BRIDGE, zooms) | (prior > 0.98))
+    mask &= ball_dilate(core, BRIDGE + 1.0, zooms)
+    mask = ball_erode(ball_dilate(mask | core, SULCUS, zooms), SULCUS, zooms)
+    return fill_holes(largest_component(mask))
+
+
+def ball_dilate(mask: BoolArray, radius: float, zooms: Array) -> BoolArray:
+    """Dilate by a ball of ``radius`` mm."""
+    if not mask.any():
+        return mask
+    return np.asarray(ndimage.distance_transform_edt(~mask, sampling=zooms) <= radius)
+
+
+def ball_erode(mask: BoolArray, radius: float, zooms: Array) -> BoolArray:
+    """Erode by a ball of ``radius`` mm; what lies outside the field of view does not erode."""
+    return ~ball_dilate(~mask, radius, zooms)
+
+
+def looks_skull_stripped(data: Array, affine: Array | None = None) -> bool:
     """Tell whether everything but the brain was removed from a scan.
 
-    A stripped scan is one constant over most of the field of view, and what is left is one solid
-    piece: closing its sulci adds little, and no shell of scalp lies around a dark ring.
+    A stripped scan is one constant in most of the field of view; the rest is one piece without
+    constant holes (bone and air of a head whose air was zeroed make such holes), which leaves the
+    field of view through at most one face, and has an adult brain's volume. When the voxel size is
+    unknown, it must be less than 30 % of the field of view instead.
 
     Parameters
     ----------
     data
         Shape (X, Y, Z).
+    affine
+        RAS affine in mm; give it when it is known.
     """
     inside = data != background_value(data)
-    if not 0.02 < inside.mean() < 0.3:
+    if not 0.02 < inside.mean() < 0.65:
         return False
     brain = largest_component(inside)
-    return bool(brain.sum() > 0.95 * inside.sum())
+    size = int(brain.sum())
+    if size < 0.97 * inside.sum() or crossed_faces(brain) > 1:
+        return False
+    holes = int(fill_holes(brain).sum()) - size
+    if affine is None:
+        return bool(inside.mean() < 0.3 and holes < 0.001 * size)
+    millilitres = size * abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    low, high = STRIPPED_ML
+    return bool(low < millilitres < high and holes < 0.02 * size)
+
+
+def crossed_faces(mask: BoolArray) -> int:
+    """Number of faces of the field of view of which the mask covers more than 2 %."""
+    faces = (np.take(mask, index, axis) for axis in range(3) for index in (0, -1))
+    return sum(bool(face.mean() > 0.02) for face in faces)

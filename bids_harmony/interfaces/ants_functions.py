@@ -24,6 +24,8 @@ N4_ITERATIONS = (50, 50, 30, 20)
 N4_SPLINE = 150.0
 BIAS_LIMITS = (0.05, 20.0)
 REGISTRATION_SPACING = 2.0
+START_SPACING = 4.0
+TRIED = 3
 PITCHES = (0.0, -20.0, 20.0, -40.0, 40.0)
 
 
@@ -224,16 +226,44 @@ def starts(fixed: tuple[Array, Array], moving: tuple[Array, Array]) -> list[Arra
     return [np.eye(4), *nods]
 
 
-def best_start(
-    ants: Any, fixed: Any, moving: Any, candidates: Sequence[Array], folder: Path
-) -> str:
-    """Write the start whose mutual information with the fixed image is highest, and return it."""
-    scores = []
-    for number, matrix in enumerate(candidates):
-        path = write_affine(ants, matrix, folder / f"start_{number}.txt")
-        moved = ants.apply_transforms(fixed, moving, [path])
-        scores.append((mutual_information(fixed.numpy(), moved.numpy()), path))
-    return max(scores)[1]
+def align(
+    ants: Any,
+    fixed: tuple[Array, Array],
+    moving: tuple[Array, Array],
+    kind: str,
+    folder: Path,
+    region: Array | None = None,
+) -> list[str]:
+    """Register two small images rigidly or affinely from the best of several starts.
+
+    The `TRIED` starts of highest mutual information are each registered; the best result is kept.
+
+    Parameters
+    ----------
+    fixed, moving
+        Data (X, Y, Z), about 4 mm voxels, and RAS affine.
+    kind
+        ``Rigid`` or ``Affine``.
+    region
+        Where the fixed image counts, on its grid.
+    """
+    pair = [to_ants(ants, *item) for item in (fixed, moving)]
+    where = np.ones(fixed[0].shape, bool) if region is None else region
+    mask = None if region is None else to_ants(ants, region, fixed[1])
+
+    def score(path: str) -> float:
+        moved = ants.apply_transforms(pair[0], pair[1], [path]).numpy()
+        return mutual_information(fixed[0][where], moved[where])
+
+    paths = [
+        write_affine(ants, matrix, folder / f"start_{number}.txt")
+        for number, matrix in enumerate(starts(fixed, moving))
+    ]
+    found = []
+    for number, start in enumerate(sorted(paths, key=score, reverse=True)[:TRIED]):
+        prefix = folder / f"try_{number}_"
+        found += register(ants, *pair, kind, [start], prefix, mask, (200, 100, 50))
+    return [max(found, key=score)]
 
 
 def mutual_information(first: Array, second: Array, bins: int = 32) -> float:
@@ -269,13 +299,10 @@ def register_rigid(
     if moving_mask is not None:
         moving = (moving[0] * (moving_mask > 0), moving[1])
     small = [coarse(*pair, REGISTRATION_SPACING) for pair in (fixed, moving)]
-    rough = [coarse(*pair, N4_SPACING) for pair in small]
-    pair = [to_ants(ants, *item) for item in rough]
-    start = best_start(ants, pair[0], pair[1], starts(rough[0], rough[1]), folder)
+    rough = [coarse(*pair, START_SPACING) for pair in small]
+    found = align(ants, rough[0], rough[1], kind, folder)
     images = [to_ants(ants, *item) for item in small]
-    found = register(ants, images[0], images[1], "Rigid", [start], folder / "rigid_")
-    if kind == "Affine":
-        found = register(ants, images[0], images[1], "Affine", found, folder / "affine_")
+    found = register(ants, *images, kind, found, folder / "fine_", None, (100, 50))
     return ants.read_transform(found[0])
 
 

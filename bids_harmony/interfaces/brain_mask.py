@@ -11,14 +11,14 @@ import numpy as np
 
 from bids_harmony.imaging.mask import fill_holes, largest_component, upsample
 from bids_harmony.interfaces.ants_functions import (
+    START_SPACING,
     Array,
-    best_start,
+    align,
     coarse,
     divide_by_bias,
     fit_bias,
     load,
     register,
-    starts,
     to_ants,
     voxel_factors,
 )
@@ -59,7 +59,7 @@ def head_template() -> Head:
 
 
 def working_copy(ants: Any, data: Array, affine: Array) -> tuple[Array, Array]:
-    """The scan at 2 mm (thick slices stay thick), its strongest shading removed, and its affine."""
+    """The scan at 2 mm (thick slices stay thick) without its strongest shading, and its affine."""
     small, grid = coarse(data, affine, SPACING)
     field = fit_bias(ants, small, grid, spacing=ROUGH_BIAS_SPACING)
     return divide_by_bias(small, grid, field, spacing=ROUGH_BIAS_SPACING), grid
@@ -75,13 +75,12 @@ def register_head(
     Transform files scan -> template, and template -> scan (give these with
     ``whichtoinvert=[True, False]``).
     """
-    rough = [coarse(head.data, head.affine, 4.0), coarse(*scan, 4.0)]
-    pair = [to_ants(ants, *item) for item in rough]
-    start = best_start(ants, pair[0], pair[1], starts(rough[0], rough[1]), folder)
-    fixed, moving = to_ants(ants, head.data, head.affine), to_ants(ants, *scan)
-    region = to_ants(ants, head.data > 0, head.affine)
-    found = register(ants, fixed, moving, "Affine", [start], folder / "affine_", region)
-    forward = register(ants, fixed, moving, "SyN", found, folder / "syn_", region, (40, 20, 0))
+    fixed, moving = [coarse(*pair, START_SPACING) for pair in ((head.data, head.affine), scan)]
+    region = fixed[0] > 0
+    found = align(ants, fixed, moving, "Affine", folder, region)
+    pair = [to_ants(ants, *item) for item in (fixed, moving)]
+    mask = to_ants(ants, region, fixed[1])
+    forward = register(ants, *pair, "SyN", found, folder / "syn_", mask, (40, 20))
     return forward, [forward[1], forward[0].replace("1Warp", "1InverseWarp")]
 
 
