@@ -54,7 +54,7 @@ def outcome_line(outcome: Outcome, count: int, total: int) -> str:
 
 def run_line(outcomes: Sequence[Outcome], seconds: float) -> str:
     """``35 scans in 612 s: 34 harmonized, 1 refused``."""
-    counts = Counter(o.status for o in outcomes)
+    counts: Counter[str] = Counter(o.status for o in outcomes)
     parts = ", ".join(f"{counts[s]} {s}" for s in _ORDER if counts[s])
     plural = "" if len(outcomes) == 1 else "s"
     return f"{len(outcomes)} scan{plural} in {seconds:.0f} s: {parts or 'nothing to do'}"

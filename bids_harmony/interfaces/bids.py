@@ -153,7 +153,8 @@ class WriteHarmonized(TimedInterface):
             if res:
                 extra["Resolution"] = {res: extra["Resolution"]}
             extra["SpatialReference"] = f"nilearn bundled ICBM 2009a template ({space})"
-        header = None if space else nb.loadsave.load(self.inputs.scan.path).header
+        raw: Any = nb.loadsave.load(self.inputs.scan.path)
+        header = None if space else raw.header
         save_nifti(data, affine, path, header=header)
         write_json(sidecar_path(path), sidecar | extra)
         return str(path)

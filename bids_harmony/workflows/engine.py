@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nipype.pipeline.engine import Workflow
 
-from bids_harmony.bids.write import atomic_write_text
-from bids_harmony.errors import OutputError, UsageError
+from bids_harmony.bids.write import atomic_write_text, output_error
+from bids_harmony.errors import UsageError
 from bids_harmony.resources import Resources, thread_environment
 from bids_harmony.workflows.plugins import (
     HarmonyLinear,
@@ -115,22 +116,39 @@ def run_graph(
 
     if engine.resource_monitor:
         watch_resources()
-    plugin = _plugin(engine, n_scans, callback)
-    collected: list[NodeFailure] = []
-    try:
-        workflow.run(plugin=plugin)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write below {engine.work_dir}: {error.strerror or error}; "
-            "free some space or name another work folder with -w"
-        ) from error
-    except Exception as error:  # noqa: BLE001  nipype re-raises the first failure; all are collected
-        if not getattr(plugin, "failures", None):
-            collected.append(describe_failure(workflow.name, f"{type(error).__name__}: {error}"))
+    # Nipype leaves its traces in the current folder
+    with _inside(engine.work_dir):
+        plugin = _plugin(engine, n_scans, callback)
+        failures = _run(workflow, plugin, engine.work_dir)
     trace = engine.work_dir / workflow.name / "resource_monitor.json"
     if engine.resource_monitor and trace.is_file():
         atomic_write_text(engine.resource_monitor, trace.read_text())
-    return [*getattr(plugin, "failures", []), *collected]
+        for scrap in engine.work_dir.glob(".proc-*"):
+            scrap.unlink(missing_ok=True)
+    return failures
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder that is made when it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    with chdir(folder):
+        yield
+
+
+def _run(workflow: Workflow, plugin: Any, work_dir: Path) -> list[NodeFailure]:
+    """Run, and collect the failures that the plugin knows or, at worst, the one that it raises."""
+    try:
+        workflow.run(plugin=plugin)
+    except OSError as error:
+        raise output_error(work_dir, error) from error
+    except Exception as error:  # noqa: BLE001  nipype re-raises the first failure; all are collected
+        if not getattr(plugin, "failures", None):
+            return [describe_failure(workflow.name, f"{type(error).__name__}: {error}")]
+    return list(getattr(plugin, "failures", []))
 
 
 def _draw(workflow: Workflow, path: Path) -> None:

@@ -32,7 +32,8 @@ def split_done(
         Precomputed masks and transforms by stem; scans to run; scans to skip.
     """
     given: dict[str, Precomputed] = {}
-    todo, done = [], []
+    todo: list[Scan] = []
+    done: list[Scan] = []
     for scan in scans:
         found = find_given(scan, folders, prep, place.out_dir)
         given[scan.stem] = found

@@ -136,7 +136,8 @@ class HarmonyMultiProc(MultiProcPlugin):
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args=plugin_args)
         self.failures: list[NodeFailure] = []
-        self.pool.shutdown()
+        first_pool: ProcessPoolExecutor = self.pool
+        first_pool.shutdown()
         args = self.plugin_args
         self.pool = ProcessPoolExecutor(
             max_workers=self.processors,
@@ -153,6 +154,12 @@ class HarmonyMultiProc(MultiProcPlugin):
         # so that every later submission wakes it with the full list.
         for _ in range(self.processors):
             self.pool.submit(sleep, _WARM_UP_SECONDS)
+
+    def _sort_jobs(self, jobids: Any, scheduler: str | None = "tsort") -> list[Any]:
+        """Finish one scan before the next is begun: results come early, work folders stay few."""
+        scans = [proc.fullname.split(".")[1] for proc in self.procs]
+        order = {scan: index for index, scan in enumerate(sorted(set(scans)))}
+        return sorted(jobids, key=lambda job: (order[scans[job]], job))
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
         self._taskid += 1
