@@ -32,6 +32,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(int(ExitCode.USAGE), f"{self.prog}: error: {message}\n")
 
 
+class _PrintDescriptor(argparse.Action):
+    """Print the Boutiques descriptor and leave, whatever else stands on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from bids_harmony.cli.boutiques import descriptor_json
+
+        print(descriptor_json(parser))
+        parser.exit(int(ExitCode.OK))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; options that were not given are absent from the namespace."""
     parser = _Parser(
@@ -52,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bids_harmony {__version__}")
     parser.add_argument(
         "--bids-exec-spec",
-        action="store_true",
+        action=_PrintDescriptor,
+        nargs=0,
         help="print the Boutiques descriptor of this command and leave",
     )
     for add in (_add_selection, _add_harmonization, _add_resources, _add_modes, _add_others):
@@ -258,7 +269,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    given.pop("bids_exec_spec", None)
     if given["analysis_level"] not in LEVELS:
         parser.exit(
             int(ExitCode.UNKNOWN_LEVEL),
