@@ -94,6 +94,7 @@ def fit_bias(
     affine: Array,
     mask: Array | None = None,
     spacing: float = N4_SPACING,
+    iterations: tuple[int, ...] = N4_ITERATIONS,
 ) -> Array:
     """N4 bias field of a scan on the grid of `coarse` (Tustison 2010).
 
@@ -116,18 +117,30 @@ def fit_bias(
     if inside.sum() < 100:
         raise ScanError("the brain mask holds too few voxels above zero to fit a bias field")
     level = float(np.median(small[inside]))
+    box = bounding_box(inside, 2)
     field = ants.n4_bias_field_correction(
-        to_ants(ants, small / level, grid),
-        mask=to_ants(ants, inside, grid),
+        to_ants(ants, small[box] / level, grid),
+        mask=to_ants(ants, inside[box], grid),
         shrink_factor=1,
-        convergence={"iters": list(N4_ITERATIONS), "tol": 1e-6},
+        convergence={"iters": list(iterations), "tol": 1e-6},
         spline_param=N4_SPLINE,
         return_bias_field=True,
     ).numpy()
-    if not np.isfinite(field).all() or field[inside].min() <= 0:
+    fitted = field[inside[box]]
+    if not np.isfinite(field).all() or fitted.min() <= 0:
         raise ScanError("N4 found no positive, finite bias field; check the scan's intensities")
-    field = field / field[inside].mean()
-    return np.clip(field, *BIAS_LIMITS).astype(np.float32)
+    field = np.clip(field / fitted.mean(), *BIAS_LIMITS)
+    around = [(s.start, n - s.stop) for s, n in zip(box, small.shape, strict=True)]
+    return np.pad(field, around, mode="edge").astype(np.float32)
+
+
+def bounding_box(mask: Array, margin: int) -> tuple[slice, ...]:
+    """Slices of the box around a mask that is not empty, widened by ``margin`` voxels."""
+    box = []
+    for axis, size in enumerate(mask.shape):
+        seen = np.flatnonzero(mask.any(axis=tuple(k for k in range(3) if k != axis)))
+        box.append(slice(max(0, int(seen[0]) - margin), min(size, int(seen[-1]) + 1 + margin)))
+    return tuple(box)
 
 
 def divide_by_bias(data: Array, affine: Array, field: Array, spacing: float = N4_SPACING) -> Array:
@@ -262,7 +275,7 @@ def align(
     found = []
     for number, start in enumerate(sorted(paths, key=score, reverse=True)[:TRIED]):
         prefix = folder / f"try_{number}_"
-        found += register(ants, *pair, kind, [start], prefix, mask, (200, 100, 50))
+        found += register(ants, pair[0], pair[1], kind, [start], prefix, mask, (200, 100, 50))
     return [max(found, key=score)]
 
 
@@ -302,7 +315,7 @@ def register_rigid(
     rough = [coarse(*pair, START_SPACING) for pair in small]
     found = align(ants, rough[0], rough[1], kind, folder)
     images = [to_ants(ants, *item) for item in small]
-    found = register(ants, *images, kind, found, folder / "fine_", None, (100, 50))
+    found = register(ants, images[0], images[1], kind, found, folder / "fine_", None, (100, 50))
     return ants.read_transform(found[0])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bids_harmony.imaging.mask import fill_holes, largest_component, upsample
+from bids_harmony.imaging.mask import fill_holes, largest_component, refine_mask, upsample
 from bids_harmony.interfaces.ants_functions import (
     START_SPACING,
     Array,
@@ -18,6 +18,7 @@ from bids_harmony.interfaces.ants_functions import (
     divide_by_bias,
     fit_bias,
     load,
+    mutual_information,
     register,
     to_ants,
     voxel_factors,
@@ -27,7 +28,10 @@ HEAD = "head_T1w.nii.gz"
 HEAD_MASK = "head_brain_probability.nii.gz"
 SPACING = 2.0
 ROUGH_BIAS_SPACING = 8.0
+ROUGH_BIAS_ITERATIONS = (50, 30, 20)
 VOLUME_LIMITS = (900.0, 2000.0)
+MATCH_LIMIT = 0.05
+COVER_LIMIT = 0.98
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def head_template() -> Head:
 def working_copy(ants: Any, data: Array, affine: Array) -> tuple[Array, Array]:
     """The scan at 2 mm (thick slices stay thick) without its strongest shading, and its affine."""
     small, grid = coarse(data, affine, SPACING)
-    field = fit_bias(ants, small, grid, spacing=ROUGH_BIAS_SPACING)
+    field = fit_bias(ants, small, grid, None, ROUGH_BIAS_SPACING, ROUGH_BIAS_ITERATIONS)
     return divide_by_bias(small, grid, field, spacing=ROUGH_BIAS_SPACING), grid
 
 
@@ -80,7 +84,7 @@ def register_head(
     found = align(ants, fixed, moving, "Affine", folder, region)
     pair = [to_ants(ants, *item) for item in (fixed, moving)]
     mask = to_ants(ants, region, fixed[1])
-    forward = register(ants, *pair, "SyN", found, folder / "syn_", mask, (40, 20))
+    forward = register(ants, pair[0], pair[1], "SyN", found, folder / "syn_", mask, (40, 20))
     return forward, [forward[1], forward[0].replace("1Warp", "1InverseWarp")]
 
 
@@ -114,12 +118,49 @@ def brain_mask(ants: Any, data: Array, affine: Array, folder: Path) -> tuple[Arr
     """
     head = head_template()
     scan = working_copy(ants, data, affine)
-    _, backward = register_head(ants, head, scan, folder)
+    forward, backward = register_head(ants, head, scan, folder)
     prior = warped_prior(ants, head, scan, backward)
-    small = fill_holes(largest_component(prior > 0.5))
+    zooms = np.linalg.norm(scan[1][:3, :3], axis=0)
+    small = refine_mask(scan[0], prior, zooms)
     level = upsample(small.astype(np.float32), data.shape, voxel_factors(affine, SPACING))
     mask = fill_holes(largest_component(level > 0.5))
-    return mask.astype(np.uint8), volume_warnings(mask, affine)
+    doubts = match_warnings(ants, head, scan, forward) + volume_warnings(mask, affine)
+    return mask.astype(np.uint8), doubts
+
+
+def match_warnings(
+    ants: Any, head: Head, scan: tuple[Array, Array], forward: list[str]
+) -> list[str]:
+    """Say when a registered scan resembles the template badly, or does not cover the brain."""
+    match, covered = match_and_cover(ants, head, scan, forward)
+    doubts = []
+    if match < MATCH_LIMIT:
+        doubts.append(
+            f"head registered badly to the template (normalised mutual information {match:.2f}, "
+            f"expected {MATCH_LIMIT:.2f} or more): look at the brain mask"
+        )
+    if covered < COVER_LIMIT:
+        doubts.append(f"the field of view holds only about {100 * covered:.0f} % of the brain")
+    return doubts
+
+
+def match_and_cover(
+    ants: Any, head: Head, scan: tuple[Array, Array], forward: list[str]
+) -> tuple[float, float]:
+    """Mutual information per entropy of the template in the brain, and share of brain covered."""
+    grid, affine = coarse(head.data, head.affine, START_SPACING)
+    probability, _ = coarse(head.probability, head.affine, START_SPACING)
+    fixed = to_ants(ants, grid, affine)
+    moved, seen = [
+        ants.apply_transforms(fixed, to_ants(ants, part, scan[1]), forward).numpy()
+        for part in (scan[0], np.ones(scan[0].shape))
+    ]
+    inside = (probability > 0.05) & (seen > 0.5)
+    covered = float(probability[seen > 0.5].sum() / probability.sum())
+    if not inside.any():
+        return 0.0, covered
+    entropy = mutual_information(grid[inside], grid[inside])
+    return mutual_information(grid[inside], moved[inside]) / entropy, covered
 
 
 def volume_warnings(mask: Array, affine: Array) -> list[str]:
