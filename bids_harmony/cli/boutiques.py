@@ -177,7 +177,7 @@ def _words(name: str) -> str:
 
 
 def _description(action: argparse.Action) -> str:
-    text = str(action.help)
+    text = argparse.HelpFormatter("")._expand_help(action)
     if action.dest != "method":
         return text
     cards = (f"{card.name}: {card.summary}" for card in available().values())
