@@ -307,5 +307,5 @@ def _times(values: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     if isinstance(error, gzip.BadGzipFile):
-        return "not a gzip file"
+        return "not a gzip file" if str(error).startswith("Not a gz") else "wrong checksum"
     return (str(error).splitlines() or [type(error).__name__])[0]
