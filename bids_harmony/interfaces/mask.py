@@ -54,7 +54,7 @@ class SelectBrainMask(TimedInterface):
 
     def _run(self, cwd: Path) -> None:
         data, affine = load(self.inputs.in_file)
-        stripped = self._is_stripped(data)
+        stripped = self._is_stripped(data, affine)
         warnings = list(self._given("given_warnings") or [])
         if isdefined(self.inputs.given_file):
             mask = self._given_mask(data.shape, affine)
@@ -72,7 +72,7 @@ class SelectBrainMask(TimedInterface):
         self._results["stripped"] = bool(stripped)
         self._results["warnings"] = warnings
 
-    def _is_stripped(self, data: Any) -> bool:
+    def _is_stripped(self, data: Any, affine: Any) -> bool:
         mode = self.inputs.mode
         if mode == "skip" and not (data == 0).mean() > 0.2:
             raise ScanError(
@@ -81,7 +81,7 @@ class SelectBrainMask(TimedInterface):
             )
         if mode != "auto":
             return bool(mode == "skip")
-        return bool(looks_skull_stripped(data))
+        return bool(looks_skull_stripped(data, affine))
 
     def _given_mask(self, shape: tuple[int, ...], affine: Any) -> Any:
         img: Any = nb.loadsave.load(self.inputs.given_file)
