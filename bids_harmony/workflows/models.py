@@ -59,8 +59,8 @@ def choose_bundle(
     name = f"{method or DEFAULT_METHOD}-default"
     if not is_bundle(_SHIPPED / name):
         raise UsageError(
-            f"no model for {method} ships with the package; fit one with the train "
-            "level, or give --reference SITE"
+            f"no model for {method or DEFAULT_METHOD} ships with the package; fit one with the "
+            "train level, or give --reference SITE"
         )
     return _SHIPPED / name, "shipped default; nothing else was chosen or trained"
 
