@@ -73,6 +73,15 @@ PATH_FIELDS = frozenset(
     {"bids_dir", "out_dir", "work_dir", "bids_filter_file", "bids_database_dir", "use_plugin"}
 )
 
+_KINDS = {f.name: str(f.type) for f in fields(Config)}
+_TYPES: dict[str, type] = {
+    "Path": str,
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "tuple[str, ...]": tuple,
+}
+
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Settings in a TOML file that `Config.to_toml` (or a user) wrote.
@@ -82,7 +91,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     MissingInputError
         If the file does not exist.
     UsageError
-        If it is no TOML or names an unknown setting.
+        If it is no TOML, names an unknown setting or holds a value of the wrong type.
     """
     try:
         table = tomllib.loads(path.read_text())
@@ -94,7 +103,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     known = {f.name for f in fields(Config)}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"--config-file {path}: unknown setting(s) {', '.join(unknown)}")
-    return {key: _typed(key, value) for key, value in values.items()}
+    return {key: _typed(path, key, value) for key, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -103,7 +112,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _typed(key: str, value: Any) -> Any:
-    if key in PATH_FIELDS:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+def _typed(path: Path, key: str, value: Any) -> Any:
+    """Value in the type of its field.
+
+    Raises
+    ------
+    UsageError
+        If it is of another type.
+    """
+    kind = _KINDS[key]
+    listed = kind.startswith("tuple")
+    if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = tuple(value)
+    expected = _TYPES[kind.split(" |")[0]]
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        words = "a list of texts" if listed else {bool: "true or false", int: "a whole number"}
+        told = words if isinstance(words, str) else words.get(expected, "a text")
+        raise UsageError(f"--config-file {path}: {key} must be {told}, not {value!r}")
+    return Path(str(value)) if key in PATH_FIELDS else value

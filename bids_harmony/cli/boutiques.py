@@ -31,7 +31,7 @@ OTHER_CODES = {
     ExitCode.IO: "A file could not be read or written.",
     ExitCode.TEMPORARY: "A temporary failure; the same command may succeed later.",
 }
-_BASE_GB = 2.0  # the workflow itself on a 1 mm head, without the method
+_BASE_GB = 2.0  # ample for one process on a 1 mm head; the method comes on top
 
 
 def descriptor(parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from bids_harmony.bids.find import check_dataset, find_scans
 from bids_harmony.bids.scan import MODALITIES, Scan, ScanProblem
+from bids_harmony.cli.files import derivative_folders, read_filters
 from bids_harmony.cli.outputs import (
     claim_desc,
     prepare_out_dir,
@@ -22,8 +22,9 @@ from bids_harmony.cli.outputs import (
 from bids_harmony.cli.progress import Progress, run_line
 from bids_harmony.config import Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
-from bids_harmony.imaging.templates import OutputSpace, parse_space, template_image
+from bids_harmony.imaging.templates import OutputSpace, find_template, parse_space, template_image
 from bids_harmony.methods.base import NATIVE_GRID
+from bids_harmony.methods.bundle import is_bundle
 from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.resources import detect, parse_memory, pick_device
@@ -61,7 +62,8 @@ def run_level(config: Config) -> ExitCode:
     else:
         for warning in check_dataset(config.bids_dir):
             LOG.warning(warning)
-    prepare_out_dir(config.out_dir)
+    if not config.dry_run:
+        prepare_out_dir(config.out_dir)
     run = _Run(config)
     if config.analysis_level == "train":
         return run.train()
@@ -75,7 +77,7 @@ class _Run:
         self.config = config
         now = datetime.now(UTC)
         self.uuid = f"{now:%Y%m%d-%H%M%S}_{uuid.uuid4()}"
-        self.folders = _derivatives(config.derivatives)
+        self.folders = derivative_folders(config.derivatives)
         self.resources = detect(
             config.nprocs, config.omp_nthreads, parse_memory(config.mem) if config.mem else None
         )
@@ -103,13 +105,24 @@ class _Run:
     def train(self) -> ExitCode:
         """Fit a method on the reference and write its bundle."""
         config = self.config
-        method = config.method or DEFAULT_METHOD
-        reference = str(config.reference)
+        method, reference = config.method or DEFAULT_METHOD, str(config.reference)
+        if config.dry_run:
+            scans = self._training(method, reference, config.participant_label)
+            print(f"would fit {method} on {reference}")
+            return self._show([_planned(s, "to learn from") for s in scans])
+        write_root(config, {})
+        write_logs(config, self.uuid, None)
         folder, outcomes = self._fit(method, reference, config.name, config.participant_label)
         print(f"model bundle: {folder}")
-        write_root(config, {})
         write_logs(config, self.uuid, outcomes)
         return _exit_code(outcomes)
+
+    def _training(self, method: str, reference: str, participants: Sequence[str]) -> list[Scan]:
+        modalities = self.config.modality or available()[method].modalities
+        scans, problems = self._find(modalities, participants)
+        for problem in problems:
+            LOG.warning("left out: %s", problem.message)
+        return training_scans(scans, reference)
 
     def _fit(
         self, method: str, reference: str, name: str | None, participants: Sequence[str]
@@ -117,10 +130,7 @@ class _Run:
         config = self.config
         card = available()[method]
         pick_device(config.device, card.devices)
-        scans, problems = self._find(config.modality or card.modalities, participants)
-        for problem in problems:
-            LOG.warning("left out: %s", problem.message)
-        scans = training_scans(scans, reference)
+        scans = self._training(method, reference, participants)
         kind = load_method(method)
         contract = kind.contract_for(sorted({s.suffix for s in scans}))
         prep = self._preprocessing(contract.grid)
@@ -155,7 +165,7 @@ class _Run:
         if target is not None:
             print(f"model: {target.name} ({target.title}), {target.why}; "
                   f"reference domain: {target.reference}")  # fmt: skip
-            claim_desc(config.out_dir, config.desc, target)
+            claim_desc(config.out_dir, config.desc, target, write=not config.dry_run)
         if config.dry_run:
             return self._plan(scans, problems, prep, target, place)
         subjects = sorted({s.subject for s in scans} | {p.subject for p in problems})
@@ -223,12 +233,17 @@ class _Run:
         given, todo, done = split_done(
             scans, prep=prep, target=target, place=place, folders=self.folders
         )
+        if target is None and self.config.level == "full":  # its model is still to be fitted
+            todo, done = list(scans), []
         outcomes = [_refused(p) for p in problems]
         outcomes += [Outcome(s.stem, s.subject, "skipped", "done by an earlier run") for s in done]
         for scan in todo:
             mask = given[scan.stem].sources.get("mask", "to be found")
             text = f"site {scan.site} ({scan.site_source}), brain mask {mask}"
-            outcomes.append(Outcome(scan.stem, scan.subject, "planned", text))
+            outcomes.append(_planned(scan, text))
+        return self._show(outcomes)
+
+    def _show(self, outcomes: Sequence[Outcome]) -> ExitCode:
         progress = Progress(len(outcomes))
         for outcome in outcomes:
             progress(outcome)
@@ -250,9 +265,9 @@ class _Run:
             participants=list(participants) or None,
             sessions=list(config.session_label) or None,
             modalities=modalities,
-            filters=_read_filters(config.bids_filter_file),
+            filters=read_filters(config.bids_filter_file),
             site_from=config.site_from,
-            database=config.bids_database_dir,
+            database=None if config.dry_run else config.bids_database_dir,
         )
 
     def _preprocessing(self, grid: str) -> Preprocessing:
@@ -283,24 +298,33 @@ class _Run:
         return self._template(space.name, space.resolution)
 
     def _template(self, name: str, resolution: float | None) -> Path:
-        """Template image in the work folder, made once."""
+        """Template image in the work folder, made once (not at all in a dry run)."""
         label = f"{resolution:g}mm" if resolution else "own"
         path = self.config.work_dir / "templates" / f"tpl-{name}_{label}.nii"
-        if not path.is_file():
+        find_template(name)
+        if not path.is_file() and not self.config.dry_run:
             from bids_harmony.bids.write import save_nifti
 
             image = template_image(name, resolution)
             save_nifti(image.get_fdata(dtype="float32"), image.affine, path)
         return path
 
-    def _target(self) -> Target:
-        """The model of this run; a reference that was never fitted is fitted first."""
+    def _target(self) -> Target | None:
+        """The model of this run; a reference that was never fitted is fitted first.
+
+        None in a dry run that would fit it.
+        """
         config = self.config
         if config.reference:
             method = config.method or DEFAULT_METHOD
             name = bundle_name(method, config.reference)
-            with one_at_a_time(config.out_dir / "models"):
-                if not (config.out_dir / "models" / name / "model.json").is_file():
+            fitted = is_bundle(config.out_dir / "models" / name)
+            if config.dry_run and not fitted:
+                scans = self._training(method, config.reference, ())
+                print(f"would first fit {method} on {len(scans)} scan(s) of {config.reference}")
+                return None
+            with nullcontext() if fitted else one_at_a_time(config.out_dir / "models"):
+                if not is_bundle(config.out_dir / "models" / name):
                     print(f"fitting {method} on {config.reference} first (train level)")
                     self._fit(method, config.reference, name, ())
         folder, why = choose_bundle(
@@ -311,6 +335,10 @@ class _Run:
             return target
         grid = self._template(target.contract.grid, target.contract.resolution)
         return load_target(folder, why, method=config.method, device=config.device, grid_file=grid)
+
+
+def _planned(scan: Scan, text: str) -> Outcome:
+    return Outcome(scan.stem, scan.subject, "planned", text)
 
 
 def _refused(problem: ScanProblem) -> Outcome:
@@ -335,38 +363,3 @@ def _descriptions(desc: str, target: Target | None) -> dict[str, str]:
     if target is not None:
         made[desc] = f"harmonized with {target.title} (model {target.name}, {target.hash[:12]})"
     return made
-
-
-def _derivatives(entries: Sequence[str]) -> dict[str, Path]:
-    """``[name=]path`` -> {name: path}.
-
-    Raises
-    ------
-    UsageError
-        If a name comes twice.
-    MissingInputError
-        If a folder does not exist.
-    """
-    folders: dict[str, Path] = {}
-    for entry in entries:
-        name, _, text = entry.rpartition("=")
-        path = Path(text).absolute()
-        name = name or path.name
-        if name in folders:
-            raise UsageError(f"--derivatives: two folders are called {name!r}; write NAME=DIR")
-        if not path.is_dir():
-            raise MissingInputError(f"--derivatives {path} does not exist; is it mounted?")
-        folders[name] = path
-    return folders
-
-
-def _read_filters(path: Path | None) -> Mapping[str, Mapping[str, Any]] | None:
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise UsageError(f"--bids-filter-file {path}: an object of objects is needed")
-    return content

@@ -37,8 +37,10 @@ def prepare_out_dir(out_dir: Path) -> None:
         raise OutputError(f"cannot write to {out_dir}; make it writable or name another folder")
 
 
-def claim_desc(out_dir: Path, desc: str, target: Target) -> None:
+def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) -> None:
     """Keep one label for one model: two models under one ``desc-`` could not be told apart.
+
+    Without `write` the label is only checked.
 
     Raises
     ------
@@ -50,7 +52,8 @@ def claim_desc(out_dir: Path, desc: str, target: Target) -> None:
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
-        write_json(path, mine)
+        if write:
+            write_json(path, mine)
         return
     if before != mine:
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,11 +278,26 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         )
     settings: dict[str, Any] = {"work_dir": Path("work")}
     if "config_file" in given:
-        settings |= read_config_file(given.pop("config_file"))
+        settings |= read_config_file(given["config_file"])
+        _check_choices(parser, settings, given.pop("config_file"))
     settings |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for key in ("bids_dir", "out_dir", "work_dir"):
         settings[key] = settings[key].absolute()
     return _checked(Config(**settings))
+
+
+def _check_choices(parser: argparse.ArgumentParser, settings: dict[str, Any], path: Path) -> None:
+    """Hold a configuration file to what the options allow."""
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if action.type is _positive and isinstance(value, int) and value < 1:
+            raise UsageError(f"--config-file {path}: {action.dest} = {value} is not positive")
+        for one in value if isinstance(value, tuple) else (value,):
+            if action.choices and one is not None and one not in action.choices:
+                raise UsageError(
+                    f"--config-file {path}: {action.dest} = {one!r} is none of "
+                    + ", ".join(map(str, action.choices))
+                )
 
 
 def _checked(config: Config) -> Config:
@@ -297,14 +313,33 @@ def _checked(config: Config) -> Config:
         )
     if config.work_dir == config.out_dir:
         raise UsageError(f"the work folder is OUT_DIR {config.out_dir}; name another with -w")
-    if not config.desc.replace("+", "").isalnum():
+    if not (config.desc.isascii() and config.desc.replace("+", "").isalnum()):
         raise UsageError(f"--desc {config.desc!r}: only letters, digits and + are allowed")
-    if config.analysis_level == "train" and not config.reference:
-        raise UsageError("train needs --reference SITE (or one scan)")
-    if config.analysis_level == "train" and config.model:
-        raise UsageError("--model is read by participant; train writes one: use --name")
-    if config.analysis_level == "participant" and config.name:
-        raise UsageError("--name is for train; participant takes --model")
     if config.model and config.reference:
         raise UsageError("--model has a reference of its own; give --model or --reference")
+    (_check_train if config.analysis_level == "train" else _check_participant)(config)
     return config
+
+
+def _check_train(config: Config) -> None:
+    if not config.reference:
+        raise UsageError("train needs --reference SITE (or one scan)")
+    if config.model:
+        raise UsageError("--model is read by participant; train writes one: use --name")
+    if config.reports_only or config.boilerplate_only or config.level != "full":
+        raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
+    if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", config.name):
+        raise UsageError(f"--name {config.name!r}: only letters, digits and . _ + - are allowed")
+
+
+def _check_participant(config: Config) -> None:
+    if config.name:
+        raise UsageError("--name is for train; participant takes --model")
+    if config.level == "full":
+        return
+    if config.method or config.model or config.reference:
+        raise UsageError(
+            "--level minimal harmonizes nothing; leave out --method, --model and --reference"
+        )
+    if config.reports_only or config.boilerplate_only:
+        raise UsageError("--level minimal writes no report; leave it out")
