@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bids_harmony {__version__}")
     parser.add_argument(
         "--bids-exec-spec",
+        "--bids_exec_spec",
         action=_PrintDescriptor,
         nargs=0,
         help="print the Boutiques descriptor of this command and leave",
@@ -315,8 +316,6 @@ def _checked(config: Config) -> Config:
         raise UsageError(f"the work folder is OUT_DIR {config.out_dir}; name another with -w")
     if not (config.desc.isascii() and config.desc.replace("+", "").isalnum()):
         raise UsageError(f"--desc {config.desc!r}: only letters, digits and + are allowed")
-    if config.model and config.reference:
-        raise UsageError("--model has a reference of its own; give --model or --reference")
     (_check_train if config.analysis_level == "train" else _check_participant)(config)
     return config
 
@@ -335,6 +334,8 @@ def _check_train(config: Config) -> None:
 def _check_participant(config: Config) -> None:
     if config.name:
         raise UsageError("--name is for train; participant takes --model")
+    if config.model and config.reference:
+        raise UsageError("--model has a reference of its own; give --model or --reference")
     if config.level == "full":
         return
     if config.method or config.model or config.reference:
