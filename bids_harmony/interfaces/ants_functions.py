@@ -19,9 +19,9 @@ from bids_harmony.imaging.mask import block_mean, coarse_affine, shrink_factors,
 
 Array = NDArray[Any]
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-N4_SPACING = 4.0
+N4_SPACING = 6.0
 N4_ITERATIONS = (50, 50, 30, 20)
-N4_SPLINE = 150.0
+N4_SPLINE = 300.0
 BIAS_LIMITS = (0.05, 20.0)
 REGISTRATION_SPACING = 2.0
 START_SPACING = 4.0
@@ -94,7 +94,6 @@ def fit_bias(
     affine: Array,
     mask: Array | None = None,
     spacing: float = N4_SPACING,
-    iterations: tuple[int, ...] = N4_ITERATIONS,
 ) -> Array:
     """N4 bias field of a scan on the grid of `coarse` (Tustison 2010).
 
@@ -122,7 +121,7 @@ def fit_bias(
         to_ants(ants, small[box] / level, grid),
         mask=to_ants(ants, inside[box], grid),
         shrink_factor=1,
-        convergence={"iters": list(iterations), "tol": 1e-6},
+        convergence={"iters": list(N4_ITERATIONS), "tol": 1e-6},
         spline_param=N4_SPLINE,
         return_bias_field=True,
     ).numpy()
@@ -193,6 +192,7 @@ def register(
     prefix: str | Path,
     fixed_mask: Any | None = None,
     iterations: tuple[int, ...] = (500, 250, 100),
+    sampling: float = 0.2,
 ) -> list[str]:
     """Register two ANTs images from a start; return transforms that carry moving onto fixed.
 
@@ -206,6 +206,8 @@ def register(
         Path prefix of the files that ANTs writes.
     iterations
         Per level, coarse to fine.
+    sampling
+        Share of voxels that the metric of ``Rigid`` and ``Affine`` sees.
     """
     levels = len(iterations)
     sizes = tuple(2**k for k in reversed(range(levels)))
@@ -218,6 +220,7 @@ def register(
             "aff_iterations": iterations,
             "aff_shrink_factors": sizes,
             "aff_smoothing_sigmas": smoothing,
+            "aff_random_sampling_rate": sampling,
         }
     )
     result = ants.registration(
@@ -315,7 +318,9 @@ def register_rigid(
     rough = [coarse(*pair, START_SPACING) for pair in small]
     found = align(ants, rough[0], rough[1], kind, folder)
     images = [to_ants(ants, *item) for item in small]
-    found = register(ants, images[0], images[1], kind, found, folder / "fine_", None, (100, 50))
+    found = register(
+        ants, images[0], images[1], kind, found, folder / "fine_", None, (100, 50), 0.5
+    )
     return ants.read_transform(found[0])
 
 

@@ -133,11 +133,12 @@ class HarmonyMultiProc(MultiProcPlugin):
     result.
     """
 
+    pool: Any
+
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args=plugin_args)
         self.failures: list[NodeFailure] = []
-        first_pool: ProcessPoolExecutor = self.pool
-        first_pool.shutdown()
+        self.pool.shutdown()
         args = self.plugin_args
         self.pool = ProcessPoolExecutor(
             max_workers=self.processors,
