@@ -51,7 +51,9 @@ def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
             value = (
                 formatter._format_args(action, action.dest.upper()) if action.nargs != 0 else ""
             )
-            shown = ", ".join(f"`{name}`" for name in names) + (f" `{value}`" if value else "")
+            shown = ", ".join(f"`{name}`" for name in names)
+            if value not in ("", *names):
+                shown += f" `{value}`"
             rows.append(f"| {_cell(shown)} | {_cell(formatter._expand_help(action), '*<')} |")
         yield "\n".join(rows)
 
