@@ -1,4 +1,4 @@
-"""Errors that a user can cure, each with the exit code of the BIDS Apps execution specification."""
+"""Errors that a user can cure, each with its exit code (BIDS Apps execution specification)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class UsageError(HarmonyError):
 
 
 class DatasetError(HarmonyError):
-    """The data set as a whole is not usable (no dataset_description.json, broken JSON at the root)."""
+    """The data set as a whole is not usable, e.g. without dataset_description.json."""
 
     exit_code = ExitCode.INVALID_DATASET
 

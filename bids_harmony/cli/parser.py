@@ -220,7 +220,7 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="record memory and processor use of each node in logs/",
     )
-    _option(group, "--sloppy", action="store_true", help="coarse and fast; for tests only")
+    _option(group, "--sloppy", action="store_true", help="register at 4 mm only; for tests")
 
 
 def _add_modes(parser: argparse.ArgumentParser) -> None:

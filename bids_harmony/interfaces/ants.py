@@ -12,15 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    File,
-    InputMultiObject,
-    SimpleInterface,
-    TraitedSpec,
-    isdefined,
-    traits,
-)
+from nipype.interfaces.base import InputMultiObject
 from nipype.utils.filemanip import fname_presuffix
 
 from bids_harmony.errors import ScanError
@@ -36,6 +28,14 @@ from bids_harmony.interfaces.ants_functions import (
     save,
     to_ants,
     voxel_factors,
+)
+from bids_harmony.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    TimedInterface,
+    TimedOutputSpec,
+    isdefined,
+    traits,
 )
 from bids_harmony.interfaces.brain_mask import brain_mask
 
@@ -93,19 +93,19 @@ class _N4InputSpec(AntsSpec):
     mask_file = File(exists=True, desc="brain mask on the scan's grid")
 
 
-class _N4OutputSpec(TraitedSpec):
+class _N4OutputSpec(TimedOutputSpec):
     out_file = File(exists=True, desc="scan divided by the bias field, on the scan's grid")
     bias_file = File(exists=True, desc="bias field on a coarse grid, mean 1 in the mask")
 
 
-class N4BiasField(SimpleInterface):
-    """Divide a scan by its N4 bias field, fitted on a 4 mm grid."""
+class N4BiasField(TimedInterface):
+    """Divide a scan by its N4 bias field, fitted on a coarse grid."""
 
     input_spec = _N4InputSpec
     output_spec = _N4OutputSpec
 
-    def _run_interface(self, runtime: Any) -> Any:
-        source, folder = self.inputs.in_file, runtime.cwd
+    def _run(self, cwd: Path) -> None:
+        source, folder = self.inputs.in_file, cwd
         data, affine = load(source)
         if data.min() < 0:
             raise ScanError(f"{source}: holds negative intensities; conform it first")
@@ -117,7 +117,6 @@ class N4BiasField(SimpleInterface):
         bias = fname_presuffix(source, suffix="_bias", newpath=folder)
         self._results["bias_file"] = save(field, grid, bias)
         self._results["out_file"] = save(divide_by_bias(data, affine, field), affine, out)
-        return runtime
 
 
 class _RigidInputSpec(AntsSpec):
@@ -125,20 +124,21 @@ class _RigidInputSpec(AntsSpec):
     moving_mask = File(exists=True, desc="brain mask on the scan's grid")
     fixed = File(exists=True, mandatory=True, desc="template, skull-stripped when a mask is given")
     transform_type = traits.Enum("Rigid", "Affine", usedefault=True)
+    sloppy = traits.Bool(False, usedefault=True, desc="stop at 4 mm; for tests")
 
 
-class _RigidOutputSpec(TraitedSpec):
+class _RigidOutputSpec(TimedOutputSpec):
     out_transform = File(exists=True, desc="ITK text transform from-scan_to-template")
 
 
-class RigidRegistration(SimpleInterface):
+class RigidRegistration(TimedInterface):
     """Register a scan to a template at 2 mm with 6 (or 12) degrees of freedom."""
 
     input_spec = _RigidInputSpec
     output_spec = _RigidOutputSpec
 
-    def _run_interface(self, runtime: Any) -> Any:
-        folder = Path(runtime.cwd)
+    def _run(self, cwd: Path) -> None:
+        folder = cwd
         moving = load(self.inputs.moving)
         mask = given_mask(self.inputs.moving_mask, *moving)
         fixed = load(self.inputs.fixed)
@@ -148,10 +148,11 @@ class RigidRegistration(SimpleInterface):
             ants_session(self.inputs.num_threads, self.inputs.random_seed, scratch) as ants,
         ):
             kind = self.inputs.transform_type
-            found = register_rigid(ants, fixed, moving, kind, Path(scratch), mask)
+            found = register_rigid(
+                ants, fixed, moving, kind, Path(scratch), mask, fine=not self.inputs.sloppy
+            )
             ants.write_transform(found, str(out))
         self._results["out_transform"] = str(out)
-        return runtime
 
 
 class _ApplyInputSpec(AntsSpec):
@@ -165,25 +166,25 @@ class _ApplyInputSpec(AntsSpec):
     default_value = traits.Float(0.0, usedefault=True, desc="value outside the field of view")
 
 
-class _ApplyOutputSpec(TraitedSpec):
+class _ApplyOutputSpec(TimedOutputSpec):
     out_file = File(exists=True, desc="resampled image, float32, on the reference's grid")
 
 
-class ApplyTransform(SimpleInterface):
+class ApplyTransform(TimedInterface):
     """Resample an image onto the grid of another through ITK transforms."""
 
     input_spec = _ApplyInputSpec
     output_spec = _ApplyOutputSpec
 
-    def _run_interface(self, runtime: Any) -> Any:
+    def _run(self, cwd: Path) -> None:
         values = self.inputs
         data, affine = load(values.in_file)
         shape_data, grid = load(values.reference_file)
         invert = values.invert if isdefined(values.invert) else [False] * len(values.transforms)
         if len(invert) != len(values.transforms):
             raise ValueError("give one invert flag per transform")
-        out = fname_presuffix(values.in_file, suffix="_resampled", newpath=runtime.cwd)
-        with ants_session(values.num_threads, values.random_seed, runtime.cwd) as ants:
+        out = fname_presuffix(values.in_file, suffix="_resampled", newpath=cwd)
+        with ants_session(values.num_threads, values.random_seed, cwd) as ants:
             moved = ants.apply_transforms(
                 to_ants(ants, shape_data, grid),
                 to_ants(ants, data, affine),
@@ -193,7 +194,6 @@ class ApplyTransform(SimpleInterface):
                 defaultvalue=values.default_value,
             ).numpy()
         self._results["out_file"] = save(moved, grid, out)
-        return runtime
 
 
 class _BrainMaskInputSpec(AntsSpec):
@@ -201,27 +201,26 @@ class _BrainMaskInputSpec(AntsSpec):
     modality = traits.Enum("T1w", "T2w", "FLAIR", usedefault=True)
 
 
-class _BrainMaskOutputSpec(TraitedSpec):
+class _BrainMaskOutputSpec(TimedOutputSpec):
     out_file = File(exists=True, desc="brain mask, uint8, on the scan's grid")
     confidence = traits.Range(0.0, 1.0, desc="1: nothing suspicious; less: see the warnings")
     warnings = traits.List(traits.Str, desc="why the mask may be wrong")
 
 
-class BrainMask(SimpleInterface):
+class BrainMask(TimedInterface):
     """Mask the brain of a whole head."""
 
     input_spec = _BrainMaskInputSpec
     output_spec = _BrainMaskOutputSpec
 
-    def _run_interface(self, runtime: Any) -> Any:
+    def _run(self, cwd: Path) -> None:
         data, affine = load(self.inputs.in_file)
         with (
-            tempfile.TemporaryDirectory(dir=runtime.cwd) as scratch,
+            tempfile.TemporaryDirectory(dir=cwd) as scratch,
             ants_session(self.inputs.num_threads, self.inputs.random_seed, scratch) as ants,
         ):
             mask, warnings = brain_mask(ants, data, affine, Path(scratch))
-        out = fname_presuffix(self.inputs.in_file, suffix="_mask", newpath=runtime.cwd)
+        out = fname_presuffix(self.inputs.in_file, suffix="_mask", newpath=cwd)
         self._results["out_file"] = save(mask, affine, out)
         self._results["warnings"] = warnings
         self._results["confidence"] = 0.5 if warnings else 1.0
-        return runtime

@@ -298,6 +298,8 @@ def register_rigid(
     kind: str,
     folder: Path,
     moving_mask: Array | None = None,
+    *,
+    fine: bool = True,
 ) -> Any:
     """Rigid or affine transform of a scan to a template at 2 mm (Mattes mutual information).
 
@@ -307,6 +309,8 @@ def register_rigid(
         Data (X, Y, Z) and RAS affine of the template and the scan.
     moving_mask
         Brain mask of the scan; with it only the brain is registered.
+    fine
+        Go on from 4 mm to 2 mm.
 
     Returns
     -------
@@ -317,6 +321,8 @@ def register_rigid(
     small = [coarse(*pair, REGISTRATION_SPACING) for pair in (fixed, moving)]
     rough = [coarse(*pair, START_SPACING) for pair in small]
     found = align(ants, rough[0], rough[1], kind, folder)
+    if not fine:
+        return ants.read_transform(found[0])
     images = [to_ants(ants, *item) for item in small]
     found = register(
         ants, images[0], images[1], kind, found, folder / "fine_", None, (100, 50), 0.5

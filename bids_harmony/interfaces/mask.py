@@ -34,7 +34,6 @@ class _SelectInput(BaseInterfaceInputSpec):
     given_file = File(desc="precomputed mask, on any grid in the scan's world space")
     given_source = traits.Str("", usedefault=True, desc="where that mask comes from")
     given_warnings = traits.List(traits.Str, desc="what was said when it was looked for or made")
-    sloppy = traits.Bool(False, usedefault=True)
     num_threads = traits.Int(1, usedefault=True)
     random_seed = traits.Int(0, usedefault=True)
 

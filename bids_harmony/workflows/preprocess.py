@@ -45,7 +45,6 @@ def init_preprocess_wf(
             name=scan.stem,
             modality=scan.suffix,
             mode=prep.skull_strip,
-            sloppy=prep.sloppy,
             **common,
         ),
         name="mask",
@@ -108,7 +107,7 @@ def _connect_bias(
             (conform, n4, [("out_file", "in_file")]),
             (mask, n4, [("out_file", "mask_file")]),
             (n4, write, [("bias_file", "bias_file")]),
-            (n4, outputnode, [("bias_file", "bias_file")]),
+            (n4, outputnode, [("bias_file", "bias_file"), ("seconds", "bias_seconds")]),
         ])  # fmt: skip
         source = (n4, "out_file")
     workflow.connect(*source, scale, "in_file")
@@ -141,7 +140,7 @@ def _connect_registration(
         outputnode.inputs.transform_file = str(given.to_template)
         return
     register = Node(
-        RigidRegistration(fixed=str(prep.template_file), **common),
+        RigidRegistration(fixed=str(prep.template_file), sloppy=prep.sloppy, **common),
         name="register",
         n_procs=prep.threads,
         mem_gb=gigabytes,
@@ -151,5 +150,7 @@ def _connect_registration(
         (mask, register, [("out_file", "moving_mask")]),
         (register, apply, [("out_transform", "transforms")]),
         (register, write, [("out_transform", "transform_file")]),
-        (register, outputnode, [("out_transform", "transform_file")]),
+        (register, outputnode, [
+            ("out_transform", "transform_file"), ("seconds", "registration_seconds"),
+        ]),
     ])  # fmt: skip

@@ -182,6 +182,10 @@ def _connect_record(
     same = ("conform_notes", "checksum", "mask_source", "mask_warnings", "scale",
             "conform_seconds", "mask_seconds", "scale_seconds")  # fmt: skip
     passed = [(f"outputnode.{f}", f) for f in same]
+    if prep.bias_field:
+        passed.append(("outputnode.bias_seconds", "bias_seconds"))
+    if not given.to_template:
+        passed.append(("outputnode.registration_seconds", "registration_seconds"))
     workflow.connect([
         (preprocess_wf, score, [
             ("outputnode.scaled_file", "before_file"), ("outputnode.mask_file", "mask_file"),
