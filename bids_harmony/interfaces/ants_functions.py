@@ -94,6 +94,7 @@ def fit_bias(
     affine: Array,
     mask: Array | None = None,
     spacing: float = N4_SPACING,
+    spline: float = N4_SPLINE,
 ) -> Array:
     """N4 bias field of a scan on the grid of `coarse` (Tustison 2010).
 
@@ -103,6 +104,8 @@ def fit_bias(
         Shape (X, Y, Z), non-negative.
     mask
         Where the field is fitted; None: voxels above a tenth of the 98th percentile.
+    spacing, spline
+        Voxel size of the coarse grid and distance of the spline's knots at the first level, mm.
 
     Returns
     -------
@@ -122,7 +125,7 @@ def fit_bias(
         mask=to_ants(ants, inside[box], grid),
         shrink_factor=1,
         convergence={"iters": list(N4_ITERATIONS), "tol": 1e-6},
-        spline_param=N4_SPLINE,
+        spline_param=spline,
         return_bias_field=True,
     ).numpy()
     fitted = field[inside[box]]

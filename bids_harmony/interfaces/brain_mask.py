@@ -28,7 +28,7 @@ HEAD = "head_T1w.nii.gz"
 HEAD_MASK = "head_brain_probability.nii.gz"
 SPACING = 2.0
 ROUGH_BIAS_SPACING = 8.0
-ROUGH_BIAS_ITERATIONS = (50, 30, 20)
+ROUGH_BIAS_SPLINE = 150.0
 VOLUME_LIMITS = (900.0, 2000.0)
 MATCH_LIMIT = 0.05
 COVER_LIMIT = 0.98
@@ -65,7 +65,7 @@ def head_template() -> Head:
 def working_copy(ants: Any, data: Array, affine: Array) -> tuple[Array, Array]:
     """The scan at 2 mm (thick slices stay thick) without its strongest shading, and its affine."""
     small, grid = coarse(data, affine, SPACING)
-    field = fit_bias(ants, small, grid, None, ROUGH_BIAS_SPACING, ROUGH_BIAS_ITERATIONS)
+    field = fit_bias(ants, small, grid, None, ROUGH_BIAS_SPACING, ROUGH_BIAS_SPLINE)
     return divide_by_bias(small, grid, field, spacing=ROUGH_BIAS_SPACING), grid
 
 
@@ -84,7 +84,7 @@ def register_head(
     found = align(ants, fixed, moving, "Affine", folder, region)
     pair = [to_ants(ants, *item) for item in (fixed, moving)]
     mask = to_ants(ants, region, fixed[1])
-    forward = register(ants, pair[0], pair[1], "SyN", found, folder / "syn_", mask, (40, 20))
+    forward = register(ants, pair[0], pair[1], "SyN", found, folder / "syn_", mask, (40, 10))
     return forward, [forward[1], forward[0].replace("1Warp", "1InverseWarp")]
 
 
