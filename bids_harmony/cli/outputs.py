@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -15,10 +16,13 @@ from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text, output_error, write_json
 from bids_harmony.config import Config
 from bids_harmony.errors import OutputError, UsageError
+from bids_harmony.interfaces.report import UNDRAWN
 from bids_harmony.reports.boilerplate import citation_markdown, methods_text
 from bids_harmony.reports.page import render_failure, render_page
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.settings import Preprocessing, Target
+
+LOG = logging.getLogger("bids_harmony")
 
 
 def prepare_out_dir(out_dir: Path) -> None:
@@ -134,9 +138,13 @@ def _write_page(config: Config, subject: str, prep: Preprocessing, target: Targe
     parts = sorted(_figures(config.out_dir, subject).glob("*.html"))
     if not parts:
         return
+    fragments = [p.read_text() for p in parts]
+    for path, fragment in zip(parts, fragments, strict=True):
+        if UNDRAWN in fragment:
+            LOG.warning("%s: %s", path.stem, UNDRAWN)
     page = render_page(
         subject,
-        [p.read_text() for p in parts],
+        fragments,
         version=__version__,
         command_line=shlex.join(["bids_harmony", *sys.argv[1:]]),
         methods=methods_text(prep.fingerprint, target.title, target.reference) if target else "",

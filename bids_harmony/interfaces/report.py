@@ -13,7 +13,6 @@ from nibabel.processing import resample_from_to
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text
-from bids_harmony.errors import ScanError
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
     File,
@@ -23,9 +22,10 @@ from bids_harmony.interfaces.base import (
 )
 from bids_harmony.interfaces.files import load, load_mask
 from bids_harmony.reports.inputs import Histogram, Metric, Registration, ScanReport, Step
-from bids_harmony.reports.page import render_fragment
+from bids_harmony.reports.page import render_failure, render_fragment
 from bids_harmony.reports.scores import score_change
 
+UNDRAWN = "the outputs are whole, but this report could not be drawn"
 _QUANTILES = np.linspace(0.001, 0.999, 500)
 
 
@@ -139,8 +139,7 @@ class _ReportInput(BaseInterfaceInputSpec):
 
 
 class _ReportOutput(TimedOutputSpec):
-    out_file = traits.Str(desc="fragment below sub-XX/figures; empty when it failed")
-    problem = traits.Str(desc="why no fragment could be drawn")
+    out_file = traits.Str(desc="fragment below sub-XX/figures")
 
 
 class ReportScan(TimedInterface):
@@ -150,15 +149,20 @@ class ReportScan(TimedInterface):
     output_spec = _ReportOutput
 
     def _run(self, cwd: Path) -> None:
-        path = fragment_path(Path(self.inputs.out_dir), self.inputs.scan, self.inputs.desc)
-        problem, written = "", ""
+        scan: Scan = self.inputs.scan
+        path = fragment_path(Path(self.inputs.out_dir), scan, self.inputs.desc)
         try:
-            atomic_write_text(path, render_fragment(self._report()))
-            written = str(path)
-        except (ScanError, ValueError) as error:
-            problem = f"report of {self.inputs.scan.stem}: {error}"
-        self._results["out_file"] = written
-        self._results["problem"] = problem
+            fragment = render_fragment(self._report())
+        except Exception as error:  # noqa: BLE001  the scan is harmonized, whatever its picture
+            fragment = render_failure(
+                scan.stem,
+                f"{UNDRAWN}: {type(error).__name__}: {error}",
+                desc=self.inputs.desc,
+                method=self.inputs.record["Method"],
+                site=scan.site,
+            )
+        atomic_write_text(path, fragment)
+        self._results["out_file"] = str(path)
 
     def _report(self) -> ScanReport:
         scan: Scan = self.inputs.scan
