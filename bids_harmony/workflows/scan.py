@@ -18,8 +18,8 @@ from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_s
 
 
 def workflow_name(scan: Scan) -> str:
-    """Name of a scan's workflow, which is also its work folder."""
-    return scan.stem.replace("-", "").replace("+", "") + "_wf"
+    """Name of a scan's workflow, which is also its work folder; ``a+`` and ``a`` differ."""
+    return scan.stem.replace("-", "").replace("+", "__") + "_wf"
 
 
 def init_harmonize_wf(
