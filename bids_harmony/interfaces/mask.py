@@ -30,7 +30,6 @@ class _SelectInput(BaseInterfaceInputSpec):
     name = traits.Str("scan", usedefault=True, desc="for messages")
     modality = traits.Str("T1w", usedefault=True)
     mode = traits.Enum("auto", "skip", "force", usedefault=True, desc="--skull-strip")
-    stated_stripped = traits.Bool(False, usedefault=True, desc="sidecar says SkullStripped")
     given_file = File(desc="precomputed mask, on any grid in the scan's world space")
     given_source = traits.Str("", usedefault=True, desc="where that mask comes from")
     given_warnings = traits.List(traits.Str, desc="what was said when it was looked for or made")
@@ -83,10 +82,15 @@ class SelectBrainMask(TimedInterface):
         return bool(looks_skull_stripped(data, affine))
 
     def _given_mask(self, shape: tuple[int, ...], affine: Any) -> Any:
-        img: Any = nb.loadsave.load(self.inputs.given_file)
+        img: Any = nb.funcs.squeeze_image(nb.loadsave.load(self.inputs.given_file))
+        if len(img.shape) != 3:
+            raise ScanError(
+                f"{self.inputs.given_file}: a brain mask has three axes, not {len(img.shape)}; "
+                "mend it or leave out --derivatives"
+            )
         like = (shape, affine)
         if img.shape == shape and np.allclose(img.affine, affine, atol=1e-3):
-            return load_mask(self.inputs.given_file)
+            return np.asanyarray(img.dataobj) > 0.5
         binary = nb.nifti1.Nifti1Image((np.asanyarray(img.dataobj) > 0.5).astype("f4"), img.affine)
         return np.asanyarray(resample_from_to(binary, like, order=1).dataobj) > 0.5
 
