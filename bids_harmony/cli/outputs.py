@@ -137,6 +137,7 @@ def _figures(out_dir: Path, subject: str) -> Path:
 def _write_page(config: Config, subject: str, prep: Preprocessing, target: Target | None) -> None:
     parts = sorted(_figures(config.out_dir, subject).glob("*.html"))
     if not parts:
+        LOG.warning("sub-%s: nothing to report, no scan of it was harmonized here", subject)
         return
     fragments = [p.read_text() for p in parts]
     for path, fragment in zip(parts, fragments, strict=True):

@@ -308,6 +308,14 @@ def _checked(config: Config) -> Config:
             f"OUT_DIR is the raw data set {config.bids_dir}, which is only read; "
             f"write for example to {config.bids_dir / 'derivatives' / 'bids_harmony'}"
         )
+    if (
+        config.bids_dir in config.out_dir.parents
+        and config.out_dir.relative_to(config.bids_dir).parts[0] != "derivatives"
+    ):
+        raise UsageError(
+            f"OUT_DIR {config.out_dir} lies inside the raw data set, which is only read; "
+            f"only {config.bids_dir / 'derivatives'} may be written there"
+        )
     if config.work_dir == config.bids_dir or config.bids_dir in config.work_dir.parents:
         raise UsageError(
             f"the work folder {config.work_dir} lies inside the data set; name another with -w"
