@@ -115,6 +115,11 @@ def test_work_and_output_folders_that_would_hurt_the_data(tiny, tmp_path):
     link.symlink_to(tiny.root)
     ran = call(tiny.root, link, "participant", *serial(tmp_path / "work"))
     assert (ran.code, "is the raw data set" in ran.err) == (64, True)
+    ran = call(tiny.root, tiny.root / "sub-01", "participant", *serial(tmp_path / "work"))
+    assert (ran.code, "only" in ran.err, "may be written" in ran.err) == (64, True, True)
+    inside = tiny.root / "derivatives" / "bids_harmony"
+    options = [*serial(tmp_path / "work"), "--dry-run", "--level", "minimal"]
+    assert call(tiny.root, inside, "participant", *options).code == 0
     for work in (tiny.root, tiny.root / "work"):
         ran = call(tiny.root, tmp_path / "out", "participant", *serial(work))
         assert (ran.code, "lies inside the data set" in ran.err) == (64, True)

@@ -253,7 +253,7 @@ def test_no_file_is_left_in_temporary_or_work_folders(full, done):
     assert list((full.folder / "temp").iterdir()) == []
     for out in (full.out_dir, done.out_dir):
         assert not list(out.rglob(".harmony-*"))
-    assert not [p for p in (done.work / "bids_harmony_wf").glob("*_wf")]
+    assert not list((done.work / "bids_harmony_wf").glob("*_wf"))
 
 
 def test_run_is_logged(full):
@@ -395,6 +395,68 @@ def test_method_on_a_template_grid(tiny, transforms, tmp_path):
     assert sidecar(out_file(tmp_path / "out", "03"))["Harmonization"]["Method"] == "ssimh"
 
 
+@pytest.mark.parametrize("extra", [1, 2])
+def test_given_mask_with_more_axes(tiny, bundle, transforms, tmp_path, extra):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(transforms, theirs)
+    raw, affine = load(tiny.path("03"))
+    path = theirs / "sub-03" / "anat" / "sub-03_desc-brain_mask.nii.gz"
+    mask = np.stack([(raw > 0).astype(np.uint8)] * extra, -1)
+    nb.Nifti1Image(mask, affine).to_filename(path)
+    options = ["--model", bundle, "--participant-label", "03", *quick(tmp_path / "work", theirs)]
+    ran = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ran.code == (0 if extra == 1 else 65), ran.out + ran.err
+    if extra == 2:
+        assert "a brain mask has three axes, not 4; mend it" in ran.line("sub-03_T1w")
+
+
+def test_labels_that_differ_in_a_plus_only(tiny, bundle, tmp_path):
+    made = DataSet(tmp_path / "raw")
+    for sub in ("01", "0+1", "01+"):
+        give_transform(tmp_path / "theirs", made.scan(sub, *load(tiny.path("03"))))
+    options = ["--model", bundle, *quick(tmp_path / "work", tmp_path / "theirs")]
+    ran = call(made.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 0, ran.out + ran.err
+    assert "3 harmonized" in ran.out
+    assert len(list((tmp_path / "out").glob("sub-*/anat/*harmonized_T1w.nii.gz"))) == 3
+
+
+def test_a_report_that_cannot_be_drawn_is_told(tiny, bundle, transforms, tmp_path, monkeypatch):
+    from bids_harmony.interfaces import report
+
+    def fail(*_):
+        raise ValueError("no slice to draw")
+
+    monkeypatch.setattr(report, "render_fragment", fail)
+    options = ["--model", bundle, "--participant-label", "03"]
+    options += quick(tmp_path / "work", transforms)
+    ran = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 0
+    assert "this report could not be drawn" in ran.err
+    assert "no slice to draw" in (tmp_path / "out" / "sub-03.html").read_text()
+    assert out_file(tmp_path / "out", "03").is_file()
+
+
+def test_debugging_aids(tiny, bundle, transforms, tmp_path):
+    """Kept work files, the graph and the resource trace are where they are promised."""
+    options = ["--model", bundle, "--participant-label", "03", "--no-clean-workdir"]
+    options += [*quick(tmp_path / "work", transforms), "--write-graph", "--resource-monitor"]
+    ran = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 0, ran.out + ran.err
+    kept = tmp_path / "work" / "bids_harmony_wf" / "sub03_T1w_wf"
+    assert list(kept.rglob("conformed.nii"))
+    names = {p.name for p in (tmp_path / "out" / "logs").iterdir()}
+    assert any("graph" in name for name in names), names
+    assert any("resource" in name for name in names), names
+
+
+def test_reports_only_before_any_run(tiny, bundle, tmp_path):
+    options = ["--model", bundle, "--reports-only", *serial(tmp_path / "work")]
+    ran = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 0
+    assert "sub-03: nothing to report, no scan of it was harmonized here" in ran.err
+
+
 def test_nothing_stays_from_a_scan_that_became_bad(tiny, bundle, transforms, tmp_path):
     """A scan that is replaced by a broken one is refused; its page says so."""
     made = DataSet(tmp_path / "raw")
@@ -479,10 +541,9 @@ def test_registration_and_n4_repeat_bit_by_bit(full, tmp_path):
     options = [str(tmp_path / "work") if o == str(full.folder / "work") else o
                for o in full.options]  # fmt: skip
     assert call(full.raw.root, out, "participant", *options).code == 0
-    skip = "dataset_description.json"
-    one, two = (
-        {k: v for k, v in voxel_files(o).items() if k != skip} for o in (full.out_dir, out)
-    )
+    one, two = voxel_files(full.out_dir), voxel_files(out)
+    assert one.pop("dataset_description.json")
+    assert two.pop("dataset_description.json")
     assert one == two
 
 
