@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.mask import block_mean, coarse_affine, shrink_factors, upsample
@@ -27,6 +28,8 @@ REGISTRATION_SPACING = 2.0
 START_SPACING = 4.0
 TRIED = 3
 PITCHES = (0.0, -20.0, 20.0, -40.0, 40.0)
+WIDE_PITCHES = (-75.0, -50.0, -25.0, 0.0, 25.0, 50.0, 75.0)
+YAWS = (-45.0, 0.0, 45.0)
 
 
 def load(path: str | Path) -> tuple[Array, Array]:
@@ -164,11 +167,12 @@ def centre_of_mass(data: Array, affine: Array) -> Array:
     return (affine @ np.array([*index, 1.0]))[:3]
 
 
-def start_matrix(centre_fixed: Array, centre_moving: Array, pitch: float) -> Array:
-    """Rigid RAS map from fixed to moving points: a nod by ``pitch`` degrees about the centres."""
-    angle = np.deg2rad(pitch)
+def start_matrix(
+    centre_fixed: Array, centre_moving: Array, pitch: float, yaw: float = 0.0
+) -> Array:
+    """Rigid RAS map from fixed to moving points: a turn (yaw) and a nod (pitch), in degrees."""
     turn = np.eye(4)
-    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turn[:3, :3] = Rotation.from_euler("zx", [yaw, pitch], degrees=True).as_matrix()
     turn[:3, 3] = centre_moving - turn[:3, :3] @ centre_fixed
     return turn
 
@@ -238,11 +242,14 @@ def register(
     return list(result["fwdtransforms"])
 
 
-def starts(fixed: tuple[Array, Array], moving: tuple[Array, Array]) -> list[Array]:
-    """Rigid starts (RAS, fixed -> moving): header as it is, then centres of mass with nods."""
+def starts(
+    fixed: tuple[Array, Array], moving: tuple[Array, Array], wide: bool = False
+) -> list[Array]:
+    """Rigid starts (RAS, fixed -> moving): header as it is, then centres of mass, turned."""
     centres = [centre_of_mass(np.maximum(data, 0), affine) for data, affine in (fixed, moving)]
-    nods = [start_matrix(centres[0], centres[1], pitch) for pitch in PITCHES]
-    return [np.eye(4), *nods]
+    pitches, yaws = (WIDE_PITCHES, YAWS) if wide else (PITCHES, (0.0,))
+    turns = [start_matrix(centres[0], centres[1], pitch, yaw) for pitch in pitches for yaw in yaws]
+    return [np.eye(4), *turns]
 
 
 def align(
@@ -252,10 +259,12 @@ def align(
     kind: str,
     folder: Path,
     region: Array | None = None,
+    wide: bool = False,
 ) -> list[str]:
     """Register two small images rigidly or affinely from the best of several starts.
 
     The `TRIED` starts of highest mutual information are each registered; the best result is kept.
+    A wide search first registers every start briefly at 16 mm.
 
     Parameters
     ----------
@@ -265,6 +274,8 @@ def align(
         ``Rigid`` or ``Affine``.
     region
         Where the fixed image counts, on its grid.
+    wide
+        Search unusual head positions too.
     """
     pair = [to_ants(ants, *item) for item in (fixed, moving)]
     where = np.ones(fixed[0].shape, bool) if region is None else region
@@ -276,8 +287,13 @@ def align(
 
     paths = [
         write_affine(ants, matrix, folder / f"start_{number}.txt")
-        for number, matrix in enumerate(starts(fixed, moving))
+        for number, matrix in enumerate(starts(fixed, moving, wide))
     ]
+    if wide:
+        paths = [
+            register(ants, pair[0], pair[1], "Rigid", [path], f"{path}_", mask, (60, 0, 0), 0.5)[0]
+            for path in paths
+        ]
     found = []
     for number, start in enumerate(sorted(paths, key=score, reverse=True)[:TRIED]):
         prefix = folder / f"try_{number}_"
@@ -328,7 +344,7 @@ def register_rigid(
         return ants.read_transform(found[0])
     images = [to_ants(ants, *item) for item in small]
     found = register(
-        ants, images[0], images[1], kind, found, folder / "fine_", None, (100, 50), 0.5
+        ants, images[0], images[1], kind, found, folder / "fine_", None, (50, 20), 0.25
     )
     return ants.read_transform(found[0])
 
