@@ -10,7 +10,12 @@ import numpy as np
 from nibabel.processing import resample_from_to
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.mask import looks_skull_stripped, mask_from_stripped
+from bids_harmony.imaging.mask import (
+    STRIPPED_ML,
+    background_value,
+    looks_skull_stripped,
+    mask_from_stripped,
+)
 from bids_harmony.interfaces.ants import BrainMask
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
@@ -79,7 +84,10 @@ class SelectBrainMask(TimedInterface):
             )
         if mode != "auto":
             return bool(mode == "skip")
-        return bool(looks_skull_stripped(data, affine))
+        inside = np.count_nonzero(data != background_value(data))
+        small = inside * abs(np.linalg.det(affine[:3, :3])) / 1000 < STRIPPED_ML[0]
+        # Less than a brain cannot be a head: its voxel size is wrong, as the volume check tells.
+        return bool(looks_skull_stripped(data, None if small else affine))
 
     def _given_mask(self, shape: tuple[int, ...], affine: Any) -> Any:
         img: Any = nb.funcs.squeeze_image(nb.loadsave.load(self.inputs.given_file))
