@@ -222,3 +222,20 @@ def test_mask_matches_labels_of_another_tool(subject, tmp_path):
     assert done.warnings == []
     assert done.confidence == 1.0
     assert [item.name for item in tmp_path.iterdir()] == [Path(done.out_file).name]
+
+
+@needs_data
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_head_that_lies_unusually_is_still_found(tmp_path):
+    image = nib.load(DATA / "sub-sky01" / "anat" / "sub-sky01_T1w.nii.gz")
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]]
+    masks = []
+    for name, affine in (("straight", image.affine), ("nodding", turn @ image.affine)):
+        path = tmp_path / f"{name}_T1w.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj, np.float32), affine), path)
+        done = BrainMask(in_file=str(path), modality="T1w").run(cwd=str(tmp_path)).outputs
+        assert done.warnings == []
+        masks.append(np.asarray(nib.load(done.out_file).dataobj) > 0)
+    assert 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()) > 0.95

@@ -219,7 +219,7 @@ class BrainMask(TimedInterface):
             tempfile.TemporaryDirectory(dir=cwd) as scratch,
             ants_session(self.inputs.num_threads, self.inputs.random_seed, scratch) as ants,
         ):
-            mask, warnings = brain_mask(ants, data, affine, Path(scratch))
+            mask, warnings = brain_mask(ants, data, affine, Path(scratch), self.inputs.modality)
         out = fname_presuffix(self.inputs.in_file, suffix="_mask", newpath=cwd)
         self._results["out_file"] = save(mask, affine, out)
         self._results["warnings"] = warnings

@@ -30,7 +30,7 @@ SPACING = 2.0
 ROUGH_BIAS_SPACING = 8.0
 ROUGH_BIAS_SPLINE = 150.0
 VOLUME_LIMITS = (900.0, 2000.0)
-MATCH_LIMIT = 0.05
+MATCH_LIMITS = {"T1w": 0.12, "T2w": 0.09, "FLAIR": 0.09}
 COVER_LIMIT = 0.98
 
 
@@ -70,9 +70,14 @@ def working_copy(ants: Any, data: Array, affine: Array) -> tuple[Array, Array]:
 
 
 def register_head(
-    ants: Any, head: Head, scan: tuple[Array, Array], folder: Path
+    ants: Any, head: Head, scan: tuple[Array, Array], folder: Path, wide: bool = False
 ) -> tuple[list[str], list[str]]:
     """Affine and SyN registration of a head to the template.
+
+    Parameters
+    ----------
+    wide
+        Start from many head positions, for a head that lies unusually.
 
     Returns
     -------
@@ -81,7 +86,7 @@ def register_head(
     """
     fixed, moving = [coarse(*pair, START_SPACING) for pair in ((head.data, head.affine), scan)]
     region = fixed[0] > 0
-    found = align(ants, fixed, moving, "Affine", folder, region)
+    found = align(ants, fixed, moving, "Affine", folder, region, wide)
     pair = [to_ants(ants, *item) for item in (fixed, moving)]
     mask = to_ants(ants, region, fixed[1])
     forward = register(ants, pair[0], pair[1], "SyN", found, folder / "syn_", mask, (40, 10))
@@ -100,7 +105,9 @@ def warped_prior(ants: Any, head: Head, scan: tuple[Array, Array], backward: lis
     )
 
 
-def brain_mask(ants: Any, data: Array, affine: Array, folder: Path) -> tuple[Array, list[str]]:
+def brain_mask(
+    ants: Any, data: Array, affine: Array, folder: Path, modality: str = "T1w"
+) -> tuple[Array, list[str]]:
     """Brain mask of a whole head.
 
     Parameters
@@ -111,33 +118,35 @@ def brain_mask(ants: Any, data: Array, affine: Array, folder: Path) -> tuple[Arr
         RAS affine.
     folder
         Folder for the transforms.
+    modality
+        ``T1w``, ``T2w`` or ``FLAIR``: how alike scan and template must be.
 
     Returns
     -------
     Mask (uint8) on the scan's grid, and warnings.
     """
-    head = head_template()
+    head, limit = head_template(), MATCH_LIMITS[modality]
     scan = working_copy(ants, data, affine)
     forward, backward = register_head(ants, head, scan, folder)
+    match, covered = match_and_cover(ants, head, scan, forward)
+    if match < limit:
+        forward, backward = register_head(ants, head, scan, folder, wide=True)
+        match, covered = match_and_cover(ants, head, scan, forward)
     prior = warped_prior(ants, head, scan, backward)
-    zooms = np.linalg.norm(scan[1][:3, :3], axis=0)
-    small = refine_mask(scan[0], prior, zooms)
+    small = refine_mask(scan[0], prior, np.linalg.norm(scan[1][:3, :3], axis=0))
     level = upsample(small.astype(np.float32), data.shape, voxel_factors(affine, SPACING))
     mask = fill_holes(largest_component(level > 0.5))
-    doubts = match_warnings(ants, head, scan, forward) + volume_warnings(mask, affine)
+    doubts = match_warnings(match, limit, covered) + volume_warnings(mask, affine)
     return mask.astype(np.uint8), doubts
 
 
-def match_warnings(
-    ants: Any, head: Head, scan: tuple[Array, Array], forward: list[str]
-) -> list[str]:
+def match_warnings(match: float, limit: float, covered: float) -> list[str]:
     """Say when a registered scan resembles the template badly, or does not cover the brain."""
-    match, covered = match_and_cover(ants, head, scan, forward)
     doubts = []
-    if match < MATCH_LIMIT:
+    if match < limit:
         doubts.append(
             f"head registered badly to the template (normalised mutual information {match:.2f}, "
-            f"expected {MATCH_LIMIT:.2f} or more): look at the brain mask"
+            f"expected {limit:.2f} or more): look at the brain mask"
         )
     if covered < COVER_LIMIT:
         doubts.append(f"the field of view holds only about {100 * covered:.0f} % of the brain")
