@@ -77,11 +77,13 @@ def is_done(scan: Scan, place: Place, settings: Mapping[str, Any]) -> bool:
         )
         for s in place.spaces
     ]
+    # why a model was chosen does not change a voxel
+    wanted = {k: v for k, v in settings.items() if k != "ModelChoice"}
     if not fragment_path(place.out_dir, scan, place.desc).is_file():
         return False
     for image in images:
         record = (_read(sidecar_path(image)) or {}).get("Harmonization", {})
-        if not image.is_file() or any(record.get(k) != v for k, v in settings.items()):
+        if not image.is_file() or any(record.get(k) != v for k, v in wanted.items()):
             return False
         if record.get("InputSHA256") != _checksum(scan):
             return False
