@@ -22,6 +22,7 @@ from bids_harmony.interfaces.ants_functions import (
     Array,
     divide_by_bias,
     fit_bias,
+    inverted,
     load,
     load_mask,
     register_rigid,
@@ -184,13 +185,16 @@ class ApplyTransform(TimedInterface):
         if len(invert) != len(values.transforms):
             raise ValueError("give one invert flag per transform")
         out = fname_presuffix(values.in_file, suffix="_resampled", newpath=cwd)
-        with ants_session(values.num_threads, values.random_seed, cwd) as ants:
+        with (
+            tempfile.TemporaryDirectory(dir=cwd) as scratch,
+            ants_session(values.num_threads, values.random_seed, scratch) as ants,
+        ):
             moved = ants.apply_transforms(
                 to_ants(ants, shape_data, grid),
                 to_ants(ants, data, affine),
-                list(values.transforms),
+                inverted(ants, values.transforms, invert, Path(scratch)),
                 interpolator=values.interpolation,
-                whichtoinvert=invert,
+                whichtoinvert=[False] * len(invert),
                 defaultvalue=values.default_value,
             ).numpy()
         self._results["out_file"] = save(moved, grid, out)

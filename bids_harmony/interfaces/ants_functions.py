@@ -190,6 +190,27 @@ def write_affine(ants: Any, matrix: Array, path: str | Path) -> str:
     return str(path)
 
 
+def inverted(ants: Any, paths: Sequence[str], invert: Sequence[bool], folder: Path) -> list[str]:
+    """Paths with the flagged linear transforms replaced by their inverses, written to a folder.
+
+    antspyx inverts ``.mat`` files only, and ours are text.
+
+    Raises
+    ------
+    ScanError
+        A flagged transform is a displacement field; give its inverse field instead.
+    """
+    out = []
+    for number, (path, flag) in enumerate(zip(paths, invert, strict=True)):
+        if flag and str(path).endswith((".nii", ".nii.gz", ".h5")):
+            raise ScanError(f"{path}: only linear transforms can be inverted; give the inverse")
+        if flag:
+            target = str(folder / f"inverse_{number}.mat")
+            ants.write_transform(ants.read_transform(str(path)).invert(), target)
+        out.append(target if flag else str(path))
+    return out
+
+
 def register(
     ants: Any,
     fixed: Any,
