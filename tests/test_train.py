@@ -86,7 +86,7 @@ def test_same_scans_same_bundle(trained, site, tmp_path):
         assert {k: v[0] for k, v in one.items()} == {k: v[0] for k, v in two.items()}
 
 
-def test_participant_uses_the_bundle_and_says_so(trained, site):
+def test_participant_uses_the_bundle_and_says_so(trained, site, tmp_path, monkeypatch):
     made, folder = site
     out = folder / "out"
     one = ["--participant-label", "b", *quick(folder / "work", folder / "theirs")]
@@ -102,6 +102,7 @@ def test_participant_uses_the_bundle_and_says_so(trained, site):
     assert np.median(after) == pytest.approx(np.median(reference), rel=0.08)
     ran = call(made.root, out, "participant", *one, "--desc", "named", "--model", "mine")
     assert "asked for with --model" in ran.out
+    monkeypatch.setattr("bids_harmony.workflows.models._SHIPPED", tmp_path)
     ran = call(made.root, out, "participant", *one, "--method", "zscore", "--desc", "z")
     assert ran.code == 64
     assert "no model for zscore ships with the package" in ran.err
