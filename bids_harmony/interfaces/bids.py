@@ -46,7 +46,7 @@ class _PreprocessedOutput(TimedOutputSpec):
 
 
 class WritePreprocessed(TimedInterface):
-    """Brain mask, bias field and transform as derivatives, so that another run reuses them."""
+    """Brain mask, bias field, transform as derivatives; a later run reuses mask and transform."""
 
     input_spec = _PreprocessedInput
     output_spec = _PreprocessedOutput
