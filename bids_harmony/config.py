@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,6 @@ class Config:
 
         table = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return tomli_w.dumps({"bids_harmony": {k: v for k, v in table.items() if v is not None}})
-
-    def update(self, values: Mapping[str, Any]) -> Config:
-        """Copy with `values` put in."""
-        return replace(self, **values)
 
 
 PATH_FIELDS = frozenset(

@@ -47,6 +47,8 @@ class Precomputed:
         Name of the folder each came from: keys ``mask``, ``to_template``, ``preproc``.
     notes
         Sentences about what was looked for, taken or refused.
+    doubts
+        What an earlier run of ours doubted about the mask.
     """
 
     mask: Path | None = None
@@ -54,6 +56,7 @@ class Precomputed:
     preproc: Path | None = None
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
 
 def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> Precomputed:

@@ -6,9 +6,11 @@ import logging
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bids_harmony._version import __version__
 from bids_harmony.bids.find import check_dataset, find_scans
 from bids_harmony.bids.scan import MODALITIES, Scan, ScanProblem
 from bids_harmony.cli.files import derivative_folders, read_filters
@@ -78,6 +80,11 @@ class _Run:
         now = datetime.now(UTC)
         self.uuid = f"{now:%Y%m%d-%H%M%S}_{uuid.uuid4()}"
         self.folders = derivative_folders(config.derivatives)
+        if config.out_dir in self.folders.values():
+            raise UsageError(
+                f"--derivatives {config.out_dir} is OUT_DIR, whose own masks are reused anyway "
+                "when they were made with the same settings; leave it out"
+            )
         self.resources = detect(
             config.nprocs, config.omp_nthreads, parse_memory(config.mem) if config.mem else None
         )
@@ -118,8 +125,14 @@ class _Run:
         return _exit_code(outcomes)
 
     def _training(self, method: str, reference: str, participants: Sequence[str]) -> list[Scan]:
-        modalities = self.config.modality or available()[method].modalities
-        scans, problems = self._find(modalities, participants)
+        """Scans to learn from; what narrows a participant run does not narrow its reference."""
+        config = self.config
+        modalities: Sequence[str] = available()[method].modalities
+        if config.analysis_level == "train":
+            scans, problems = self._find(config.modality or modalities, participants)
+        else:
+            plain = replace(config, session_label=(), bids_filter_file=None)
+            scans, problems = self._find(modalities, participants, plain)
         for problem in problems:
             LOG.warning("left out: %s", problem.message)
         return training_scans(scans, reference)
@@ -159,6 +172,11 @@ class _Run:
         config = self.config
         target = self._target() if config.level == "full" else None
         modalities = config.modality or (target.contract.modalities if target else MODALITIES)
+        if target and (unknown := set(modalities) - set(target.contract.modalities)):
+            raise UsageError(
+                f"--modality {' '.join(sorted(unknown))}: model {target.name} was fitted on "
+                f"{', '.join(target.contract.modalities)} only; train one or choose another"
+            )
         scans, problems = self._find(modalities, config.participant_label)
         prep = self._preprocessing(target.contract.grid if target else NATIVE_GRID)
         place = self._place(prep.template)
@@ -257,9 +275,9 @@ class _Run:
         return self.config.clean_workdir and not kept
 
     def _find(
-        self, modalities: Sequence[str], participants: Sequence[str]
+        self, modalities: Sequence[str], participants: Sequence[str], config: Config | None = None
     ) -> tuple[list[Scan], list[ScanProblem]]:
-        config = self.config
+        config = config or self.config
         return find_scans(
             config.bids_dir,
             participants=list(participants) or None,
@@ -300,7 +318,7 @@ class _Run:
     def _template(self, name: str, resolution: float | None) -> Path:
         """Template image in the work folder, made once (not at all in a dry run)."""
         label = f"{resolution:g}mm" if resolution else "own"
-        path = self.config.work_dir / "templates" / f"tpl-{name}_{label}.nii"
+        path = self.config.work_dir / "templates" / f"tpl-{name}_{label}_{__version__}.nii"
         find_template(name)
         if not path.is_file() and not self.config.dry_run:
             from bids_harmony.bids.write import save_nifti
@@ -323,6 +341,8 @@ class _Run:
                 scans = self._training(method, config.reference, ())
                 print(f"would first fit {method} on {len(scans)} scan(s) of {config.reference}")
                 return None
+            if not fitted and (config.reports_only or config.boilerplate_only):
+                raise UsageError(f"{name} was never fitted; run participant or train first")
             with nullcontext() if fitted else one_at_a_time(config.out_dir / "models"):
                 if not is_bundle(config.out_dir / "models" / name):
                     print(f"fitting {method} on {config.reference} first (train level)")

@@ -99,6 +99,8 @@ def template_image(name: str, resolution: float | None = None) -> Any:
     img: Any = nb.loadsave.load(path)
     data = np.asanyarray(img.dataobj, dtype=np.float32)
     mask_file = path.with_name(path.name.replace("_T1w", "_desc-brain_mask"))
+    if name != DEFAULT_TEMPLATE and not mask_file.is_file():
+        raise UsageError(f"{path} needs its brain mask beside it: {mask_file.name}")
     if mask_file.is_file():
         mask: Any = nb.loadsave.load(mask_file)
         data = np.where(np.asanyarray(mask.dataobj) > 0, data, 0)

@@ -85,7 +85,7 @@ def given_mask(path: Any, data: Array, affine: Array) -> Array | None:
 
 
 class AntsSpec(BaseInterfaceInputSpec):
-    num_threads = traits.Int(1, usedefault=True, nohash=True, desc="ITK threads")
+    num_threads = traits.Int(1, usedefault=True, desc="ITK threads")
     random_seed = traits.Int(0, usedefault=True, desc="seed of the metric's sampling")
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.geometry import MAX_SHEAR
 from bids_harmony.imaging.mask import block_mean, coarse_affine, shrink_factors, upsample
 
 Array = NDArray[Any]
@@ -48,7 +49,7 @@ def load(path: str | Path) -> tuple[Array, Array]:
         raise ScanError(f"{path}: holds non-finite values; conform it first")
     axes = np.asarray(image.affine)[:3, :3]  # type: ignore[attr-defined]
     axes = axes / np.linalg.norm(axes, axis=0)
-    if np.abs(axes.T @ axes - np.eye(3)).max() > 1e-3:
+    if np.abs(axes.T @ axes - np.eye(3)).max() > MAX_SHEAR:
         raise ScanError(f"{path}: its affine shears; resample it to orthogonal axes first")
     return data, np.asarray(image.affine, dtype=float)  # type: ignore[attr-defined]
 

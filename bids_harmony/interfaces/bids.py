@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bids_harmony.bids.dataset import bids_uri
 from bids_harmony.bids.names import derivative_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_bytes, save_nifti, write_json
+from bids_harmony.config import DEFAULT_TEMPLATE
 from bids_harmony.errors import HarmonyError
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
@@ -48,6 +50,7 @@ class _PreprocessedOutput(TimedOutputSpec):
 class WritePreprocessed(TimedInterface):
     """Brain mask, bias field, transform as derivatives; a later run reuses mask and transform."""
 
+    _always_run = True
     input_spec = _PreprocessedInput
     output_spec = _PreprocessedOutput
 
@@ -85,6 +88,13 @@ class WritePreprocessed(TimedInterface):
         self._results["out_files"] = [*written, str(path)]
 
 
+def spatial_reference(template: str) -> str:
+    """Where a template comes from, in words."""
+    if template == DEFAULT_TEMPLATE:
+        return "ICBM 2009a nonlinear symmetric (MNI152NLin2009aSym) as shipped with nilearn"
+    return f"TemplateFlow tpl-{template}_res-01_T1w"
+
+
 class _WriteInput(BaseInterfaceInputSpec):
     scan = traits.Any(mandatory=True)
     bids_dir = traits.Str(mandatory=True)
@@ -101,6 +111,7 @@ class _WriteInput(BaseInterfaceInputSpec):
 class WriteHarmonized(TimedInterface):
     """The harmonized scan in every output space, with sidecars."""
 
+    _always_run = True
     input_spec = _WriteInput
     output_spec = _PreprocessedOutput
 
@@ -117,7 +128,7 @@ class WriteHarmonized(TimedInterface):
         self._results["out_files"] = written
 
     def _sidecar(self, scan: Scan) -> dict[str, Any]:
-        raw = {k: v for k, v in scan.metadata.items() if k not in NOT_PROPAGATED}
+        raw = {k: v for k, v in scan.metadata.items() if k not in NOT_PROPAGATED and _is_json(v)}
         record = self.inputs.record
         return {
             **raw,
@@ -152,9 +163,20 @@ class WriteHarmonized(TimedInterface):
             extra = {"Resolution": f"{space}, {size} mm voxels"}
             if res:
                 extra["Resolution"] = {res: extra["Resolution"]}
-            extra["SpatialReference"] = f"nilearn bundled ICBM 2009a template ({space})"
+            extra["SpatialReference"] = spatial_reference(space)
         raw: Any = nb.loadsave.load(self.inputs.scan.path)
         header = None if space else raw.header
+        # without its sidecar a new image is never taken for a finished one
+        sidecar_path(path).unlink(missing_ok=True)
         save_nifti(data, affine, path, header=header)
         write_json(sidecar_path(path), sidecar | extra)
         return str(path)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can hold a value: Python reads NaN in a sidecar, but may not write it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

@@ -46,7 +46,12 @@ class Harmonize(TimedInterface):
         from bids_harmony.methods.base import Volume
         from bids_harmony.methods.bundle import load_bundle
 
-        method = load_bundle(Path(self.inputs.bundle)).method
+        bundle = load_bundle(Path(self.inputs.bundle))
+        if bundle.hash != self.inputs.bundle_hash:
+            raise HarmonyError(
+                f"{self.inputs.bundle} changed while this run was using it; run again"
+            )
+        method = bundle.method
         data, affine = load(self.inputs.in_file)
         mask = load_mask(self.inputs.mask_file)
         if method.contract.masked:
@@ -83,6 +88,7 @@ class _StoreInput(BaseInterfaceInputSpec):
 class StoreVolume(TimedInterface):
     """Keep one training volume in the work folder; its JSON comes last and marks the end."""
 
+    _always_run = True
     input_spec = _StoreInput
     output_spec = TimedOutputSpec
 

@@ -38,6 +38,7 @@ class _SelectInput(BaseInterfaceInputSpec):
     given_file = File(desc="precomputed mask, on any grid in the scan's world space")
     given_source = traits.Str("", usedefault=True, desc="where that mask comes from")
     given_warnings = traits.List(traits.Str, desc="what was said when it was looked for or made")
+    given_doubts = traits.List(traits.Str, desc="what an earlier run doubted about its mask")
     num_threads = traits.Int(1, usedefault=True)
     random_seed = traits.Int(0, usedefault=True)
 
@@ -47,6 +48,7 @@ class _SelectOutput(TimedOutputSpec):
     source = traits.Str(desc="which mask this is")
     stripped = traits.Bool(desc="the scan is skull-stripped")
     warnings = traits.List(traits.Str)
+    doubts = traits.List(traits.Str, desc="those of the warnings that belong to the mask itself")
 
 
 class SelectBrainMask(TimedInterface):
@@ -58,7 +60,7 @@ class SelectBrainMask(TimedInterface):
     def _run(self, cwd: Path) -> None:
         data, affine = load(self.inputs.in_file)
         stripped = self._is_stripped(data, affine)
-        warnings = list(self._given("given_warnings") or [])
+        doubts: list[str] = list(self._given("given_doubts") or [])
         if isdefined(self.inputs.given_file):
             mask = self._given_mask(data.shape, affine)
             source = self.inputs.given_source
@@ -67,13 +69,13 @@ class SelectBrainMask(TimedInterface):
             source = "nonzero part of the skull-stripped scan"
         else:
             mask, doubts = self._own_mask(cwd)
-            warnings += doubts
             source = "own brain extraction (registration to the head template)"
         self._check(mask, affine)
         self._results["out_file"] = store(mask.astype(np.uint8), affine, cwd / "mask.nii")
         self._results["source"] = source
         self._results["stripped"] = bool(stripped)
-        self._results["warnings"] = warnings
+        self._results["doubts"] = doubts
+        self._results["warnings"] = [*(self._given("given_warnings") or []), *doubts]
 
     def _is_stripped(self, data: Any, affine: Any) -> bool:
         mode = self.inputs.mode

@@ -104,7 +104,7 @@ class Record(TimedInterface):
             "OutputScale": self._given("output_scale"),
             "Details": self._given("details") or {},
             "Metrics": [
-                {k: m[k] for k in ("name", "before", "after", "unit")}
+                {k: _finite(m[k]) for k in ("name", "before", "after", "unit")}
                 for m in self._given("metrics") or []
             ],
             "Warnings": warnings,
@@ -145,6 +145,7 @@ class _ReportOutput(TimedOutputSpec):
 class ReportScan(TimedInterface):
     """Draw one scan's section of the participant's page; a failure here loses no output."""
 
+    _always_run = True
     input_spec = _ReportInput
     output_spec = _ReportOutput
 
@@ -242,6 +243,11 @@ class ReportScan(TimedInterface):
             )
             for name, action, tool in rows
         ]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: an undefined score is null."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def fragment_path(out_dir: Path, scan: Scan, desc: str) -> Path:

@@ -12,7 +12,8 @@ from bids_harmony.metrics.similarity import edge_correlation, jsd, rank_agreemen
 from bids_harmony.reports.inputs import Metric
 
 _SAMPLES = 50_000
-_LEAST_RANK, _LEAST_EDGES = 0.95, 0.9
+_LEAST_RANK, _LEAST_EDGES, _MONOTONE = 0.95, 0.9, 0.9999
+_TOLERANCE = 1e-3  # Wasserstein distance, scaled intensity
 
 
 def score_change(
@@ -42,7 +43,7 @@ def score_change(
     warnings: list[str] = []
     if reference is not None and len(reference):
         rows += _distances(before, after, mask, np.asarray(reference, dtype=np.float64))
-        if rows[0].after > rows[0].before:  # type: ignore[operator]
+        if rows[0].after > rows[0].before + _TOLERANCE:  # type: ignore[operator]
             warnings.append(
                 "the brain's histogram is farther from the reference domain's than before: "
                 "harmonization did not help this scan"
@@ -53,7 +54,8 @@ def score_change(
         Metric("rank agreement", None, rank, "", "1: the order of intensities is kept", "higher"),
         Metric("edge correlation", None, edges, "", "1: edges stay where they are", "higher"),
     ]
-    if not rank >= _LEAST_RANK or not edges >= _LEAST_EDGES:
+    # a monotone map changes the strength of edges, but cannot move them
+    if not rank >= _LEAST_RANK or (not edges >= _LEAST_EDGES and rank < _MONOTONE):
         warnings.append(
             f"the anatomy may have changed (rank agreement {rank:.3f}, edge correlation "
             f"{edges:.3f}); look at the difference map"

@@ -107,6 +107,7 @@ def run_scans(
     last_nodes: frozenset[str],
     clean: bool,
     on_outcome: Callable[[Outcome], None],
+    label: str,
 ) -> list[Outcome]:
     """Run one sub-workflow per scan.
 
@@ -122,10 +123,12 @@ def run_scans(
         Remove a scan's work folder once it is through.
     on_outcome
         Called as soon as a scan is through or, after its batch, has failed.
+    label
+        Part of the work folder's name: runs that differ never share one.
     """
     outcomes: list[Outcome] = []
     for batch in _batches(scans, BATCH):
-        graph = Workflow(name="bids_harmony_wf")
+        graph = Workflow(name=f"bids_harmony_{label}_wf")
         by_name = {}
         for scan in batch:
             part = build(scan)

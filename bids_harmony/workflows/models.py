@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +20,19 @@ _SHIPPED = Path(__file__).parent.parent / "data" / "models"
 
 
 def bundle_name(method: str, reference: str) -> str:
-    """Default name of the bundle of a method fitted on a site or scan."""
-    label = "".join(c if c.isalnum() else "-" for c in Path(reference).name.split(".")[0])
-    return f"{method}-{label}"
+    """Default name of the bundle of a method fitted on a site or scan.
+
+    A label that is not plain text gets a checksum, so that no two references share a name.
+    """
+    words = reference_words(reference)
+    label = re.sub(r"[^A-Za-z0-9]+", "-", words)
+    digest = hashlib.sha256(words.encode()).hexdigest()[:6]
+    return f"{method}-{label}" if label == words else f"{method}-{label}-{digest}"
+
+
+def reference_words(reference: str) -> str:
+    """The reference as bundles name it: the site's label, or the file name of a scan."""
+    return Path(reference).name if Path(reference).is_file() else reference
 
 
 def choose_bundle(
@@ -45,6 +57,12 @@ def choose_bundle(
         folder = out_dir / "models" / bundle_name(method or DEFAULT_METHOD, reference)
         if not is_bundle(folder):
             raise MissingInputError(f"{folder} does not exist; fit it with the train level first")
+        made_for = load_bundle(folder).meta.get("reference")
+        if made_for != reference_words(reference):
+            raise UsageError(
+                f"{folder} was fitted on {made_for}, not on {reference}; remove it or "
+                "train with another --name"
+            )
         return folder, f"fitted on {Path(reference).name} as --reference asks"
     if method is not None:
         trained = [f for f in trained if load_bundle(f).method.name == method]

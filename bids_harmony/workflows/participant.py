@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -81,4 +83,11 @@ def harmonize_scans(
         last_nodes=frozenset(last),
         clean=clean,
         on_outcome=on_outcome,
+        label=_label(prep, target, place),
     )
+
+
+def _label(prep: Preprocessing, target: Target | None, place: Place) -> str:
+    """Short checksum of what tells this run's work files from another's."""
+    parts = [prep.fingerprint, target.hash if target else "", str(place.out_dir), place.desc]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

@@ -30,11 +30,13 @@ def init_preprocess_wf(
     given: Precomputed,
     scale_kind: str,
     gigabytes: float,
+    leave_out: tuple[str, ...] = (),
     name: str = "preprocess_wf",
 ) -> Workflow:
     """Conform, brain mask, bias field, registration and intensity scale of one scan.
 
-    Outputs are the fields of `PREPROCESSED`. A precomputed mask or transform replaces its node.
+    Outputs are the fields of `PREPROCESSED`. A precomputed mask or transform replaces its node;
+    `leave_out` names nodes whose results nobody wants (``scale``, ``to_template``).
     """
     workflow = Workflow(name=name)
     outputnode = Node(IdentityInterface(fields=list(PREPROCESSED)), name="outputnode")
@@ -52,6 +54,7 @@ def init_preprocess_wf(
         mem_gb=gigabytes + 0.5,
     )
     mask.inputs.given_warnings = given.notes
+    mask.inputs.given_doubts = given.doubts
     if given.mask:
         mask.inputs.given_file = str(given.mask)
         mask.inputs.given_source = given.sources["mask"]
@@ -72,7 +75,7 @@ def init_preprocess_wf(
         (conform, mask, [("out_file", "in_file")]),
         (mask, scale, [("out_file", "mask_file")]),
         (mask, write, [
-            ("out_file", "mask_file"), ("source", "mask_source"), ("warnings", "mask_warnings"),
+            ("out_file", "mask_file"), ("source", "mask_source"), ("doubts", "mask_warnings"),
         ]),
         (conform, write, [("checksum", "checksum")]),
         (conform, outputnode, [
@@ -89,6 +92,7 @@ def init_preprocess_wf(
     ])  # fmt: skip
     corrected = _connect_bias(workflow, prep, gigabytes, common)
     _connect_registration(workflow, prep, given, gigabytes, common, corrected)
+    workflow.remove_nodes([workflow.get_node(n) for n in leave_out])
     return workflow
 
 

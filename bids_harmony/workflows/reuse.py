@@ -30,15 +30,15 @@ def find_given(
     transform = derivative_path(
         out_dir, scan, from_=scan.suffix, to=prep.template, extension=".txt"
     )
-    sources, notes = dict(given.sources), list(given.notes)
+    sources, doubts = dict(given.sources), []
     mask_file, transform_file = given.mask, given.to_template
     words = _own(mask, scan, prep)
     if mask_file is None and words is not None and not words.get("Given"):
         mask_file, sources["mask"] = mask, words["Description"]
-        notes += words.get("Warnings", [])
+        doubts = words.get("Warnings", [])
     if transform_file is None and mask_file == mask and _own(transform, scan, prep) is not None:
         transform_file, sources["to_template"] = transform, EARLIER_RUN
-    return Precomputed(mask_file, transform_file, given.preproc, sources, notes)
+    return Precomputed(mask_file, transform_file, given.preproc, sources, given.notes, doubts)
 
 
 def _own(path: Path, scan: Scan, prep: Preprocessing) -> dict[str, Any] | None:

@@ -140,6 +140,7 @@ def init_scan_wf(
         given=given,
         scale_kind=target.contract.scale if target else "robust",
         gigabytes=gigabytes,
+        leave_out=() if target else ("scale", "to_template"),
     )
     if target is None:
         workflow.add_nodes([preprocess_wf])

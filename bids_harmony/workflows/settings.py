@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bids_harmony._version import __version__
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
 from bids_harmony.imaging.templates import OutputSpace
+from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NATIVE_GRID, Contract
 
 EARLIER_RUN = "earlier run of bids_harmony"
@@ -47,6 +49,7 @@ class Preprocessing:
         """What decides the voxels; derivatives with another fingerprint are not reused."""
         return {
             "Version": __version__,
+            "Antspyx": version("antspyx"),
             "Template": self.template,
             "SkullStrip": self.skull_strip,
             "BiasField": "N4" if self.bias_field else "not corrected (--ignore bias-field)",
@@ -126,8 +129,7 @@ def scan_settings(
     scan: Scan, prep: Preprocessing, target: Target, place: Place, given: Precomputed
 ) -> dict[str, Any]:
     """What decides a harmonized scan's voxels; it opens the sidecar's record."""
-    transform = given.sources.get("to_template", "")
-    theirs = bool(given.to_template) and transform != EARLIER_RUN
+    theirs = given.to_template and given.sources.get("to_template") != EARLIER_RUN
     return {
         **prep.fingerprint,
         "Method": target.method,
@@ -138,8 +140,10 @@ def scan_settings(
         "Device": target.device,
         "Site": scan.site,
         "SiteSource": scan.site_source,
-        "GivenMask": "" if own_mask(given, place.out_dir) else given.sources.get("mask", ""),
-        "Registration": f"given: {transform}" if theirs else f"rigid to {prep.template}",
+        "GivenMask": "" if own_mask(given, place.out_dir) else _named(given, "mask", given.mask),
+        "Registration": _named(given, "to_template", given.to_template)
+        if theirs
+        else f"rigid to {prep.template}",
         "OutputSpaces": [f"{s.name}:res-{s.res}" if s.res else s.name for s in place.spaces],
     }
 
@@ -147,3 +151,18 @@ def scan_settings(
 def own_mask(given: Precomputed, out_dir: Path) -> bool:
     """Whether the mask, if any, is an earlier run's and not the user's."""
     return given.mask is None or out_dir in given.mask.parents
+
+
+def given_files(given: Precomputed, out_dir: Path) -> dict[str, str]:
+    """The user's own mask and transform, with checksums; empty when there are none."""
+    theirs = {}
+    if not own_mask(given, out_dir):
+        theirs["mask"] = _named(given, "mask", given.mask)
+    if given.to_template and out_dir not in given.to_template.parents:
+        theirs["to_template"] = _named(given, "to_template", given.to_template)
+    return theirs
+
+
+def _named(given: Precomputed, kind: str, path: Path | None) -> str:
+    """Source and checksum of a given file: a mask that was mended is another mask."""
+    return f"{given.sources.get(kind, '')} (sha256 {sha256(path)[:12]})" if path else ""

@@ -13,6 +13,7 @@ import nibabel as nb
 import numpy as np
 from nipype.pipeline.engine import Node, Workflow
 
+from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import NothingSelectedError, UsageError
 from bids_harmony.imaging.quantiles import mid_quantiles
@@ -25,10 +26,11 @@ from bids_harmony.methods.bundle import save_bundle
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.engine import Engine
+from bids_harmony.workflows.models import reference_words
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given
 from bids_harmony.workflows.scan import workflow_name
-from bids_harmony.workflows.settings import Place, Preprocessing
+from bids_harmony.workflows.settings import Place, Preprocessing, given_files
 
 _QUANTILES = 2001
 
@@ -144,12 +146,17 @@ def _volumes(
     label = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = place.work_dir / "volumes" / label
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [s for s in scans if not _is_stored(folder / s.stem, s, key)]
+    given = {s.stem: find_given(s, folders, prep, place.out_dir) for s in scans}
+    keys = {
+        s.stem: {**key, "Site": s.site, "Given": given_files(given[s.stem], place.out_dir)}
+        for s in scans
+    }
+    todo = [s for s in scans if not _is_stored(folder / s.stem, s, keys[s.stem])]
 
     def build(scan: Scan) -> Workflow:
         return _init_volume_wf(
             scan=scan, prep=prep, place=place, contract=contract, grid_file=grid_file,
-            folders=folders, stem=folder / scan.stem, key=key,
+            given=given[scan.stem], stem=folder / scan.stem, key=keys[scan.stem],
         )  # fmt: skip
 
     outcomes = run_scans(
@@ -160,8 +167,11 @@ def _volumes(
         last_nodes=frozenset({"store", "write_preprocessed"}),
         clean=clean,
         on_outcome=on_outcome,
+        label=f"train_{label}",
     )
-    return [folder / s.stem for s in scans if _is_stored(folder / s.stem, s, key)], outcomes
+    return [
+        folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])
+    ], outcomes
 
 
 def _is_stored(stem: Path, scan: Scan, key: Mapping[str, Any]) -> bool:
@@ -179,7 +189,7 @@ def _init_volume_wf(
     place: Place,
     contract: Contract,
     grid_file: Path | None,
-    folders: Mapping[str, Path],
+    given: Precomputed,
     stem: Path,
     key: dict[str, Any],
 ) -> Workflow:
@@ -190,9 +200,10 @@ def _init_volume_wf(
         scan=scan,
         prep=prep,
         place=place,
-        given=find_given(scan, folders, prep, place.out_dir),
+        given=given,
         scale_kind=contract.scale,
         gigabytes=size,
+        leave_out=("to_template",),
     )
     facts = {"modality": scan.suffix, "site": scan.site, "name": scan.stem}
     facts["subject"] = scan.subject
@@ -243,7 +254,7 @@ def _meta(
     }
     return {
         "name": name,
-        "reference": reference if "/" not in reference else Path(reference).name,
+        "reference": reference_words(reference),
         "training_sites": sorted({f["site"] for f in volumes.facts}),
         "training_subjects": sorted({f["subject"] for f in volumes.facts}),
         "training_scans": {m: len(c) for m, c in curves.items()},
