@@ -17,7 +17,7 @@ from conftest import DataSet, call, give_transform, quick, serial, snapshot
 from scipy.stats import rankdata
 
 from bids_harmony.imaging.templates import template_image
-from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.interfaces.files import load, load_mask, sha256
 
 SPACE = "MNI152NLin2009aSym"
 SPACES = ["--output-spaces", "native", f"{SPACE}:res-4"]
@@ -146,7 +146,7 @@ def test_sidecar(done, bundle):
     )
     assert (record["Method"], record["Reference"], record["Site"]) == ("nyul", "A", "B")
     assert record["BiasField"] == "not corrected (--ignore bias-field)"
-    assert record["Registration"] == "given: theirs"
+    assert record["Registration"].startswith("theirs (sha256 ")
     assert record["BrainMask"] == "nonzero part of the skull-stripped scan"
     names = {m["name"] for m in record["Metrics"]}
     assert len(names) == len(record["Metrics"]) > 0
@@ -253,7 +253,8 @@ def test_no_file_is_left_in_temporary_or_work_folders(full, done):
     assert list((full.folder / "temp").iterdir()) == []
     for out in (full.out_dir, done.out_dir):
         assert not list(out.rglob(".harmony-*"))
-    assert not list((done.work / "bids_harmony_wf").glob("*_wf"))
+    assert list(done.work.glob("bids_harmony_*_wf"))
+    assert not list(done.work.glob("bids_harmony_*_wf/*_wf"))
 
 
 def test_run_is_logged(full):
@@ -323,7 +324,8 @@ def test_given_mask(tiny, bundle, transforms, tmp_path):
     ours = load_mask(out_file(tmp_path / "out", "03", desc="brain", suffix="mask"))
     np.testing.assert_array_equal(ours, mask)
     record = sidecar(out_file(tmp_path / "out", "03"))["Harmonization"]
-    assert (record["BrainMask"], record["GivenMask"]) == ("theirs", "theirs")
+    assert record["BrainMask"] == "theirs"
+    assert record["GivenMask"] == f"theirs (sha256 {sha256(path)[:12]})"
     other = sidecar(out_file(tmp_path / "out", "04"))["Harmonization"]
     assert other["GivenMask"] == ""
 
@@ -443,7 +445,7 @@ def test_debugging_aids(tiny, bundle, transforms, tmp_path):
     options += [*quick(tmp_path / "work", transforms), "--write-graph", "--resource-monitor"]
     ran = call(tiny.root, tmp_path / "out", "participant", *options)
     assert ran.code == 0, ran.out + ran.err
-    kept = tmp_path / "work" / "bids_harmony_wf" / "sub03_T1w_wf"
+    (kept,) = (tmp_path / "work").glob("bids_harmony_*_wf/sub03_T1w_wf")
     assert list(kept.rglob("conformed.nii"))
     names = {p.name for p in (tmp_path / "out" / "logs").iterdir()}
     assert any("graph" in name for name in names), names
@@ -568,3 +570,39 @@ def test_whole_head(bundle, tmp_path, mode):
     assert words["SkullStripped"] is False
     assert words["Harmonization"]["BrainMask"].startswith("own brain extraction")
     assert (load(out_file(tmp_path / "out", "01"))[0][~mask] > 0).mean() > 0.5
+
+
+def test_modality_the_model_does_not_know(tiny, bundle, transforms, tmp_path):
+    options = ["--model", bundle, "--modality", "T2w", *quick(tmp_path / "work", transforms)]
+    ran = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 64
+    assert "T2w" in ran.err
+    assert "was fitted on T1w only" in ran.err
+
+
+def test_out_dir_is_no_source_of_given_masks(tiny, bundle, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ["--model", bundle, "--derivatives", str(out), *serial(tmp_path / "work")]
+    ran = call(tiny.root, out, "participant", *options)
+    assert ran.code == 64
+    assert "is OUT_DIR" in ran.err
+
+
+def test_a_mended_mask_is_another_mask(tiny, bundle, transforms, tmp_path):
+    """The same file name with other voxels makes the scan be done again."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(transforms, theirs)
+    path = theirs / "sub-03" / "anat" / "sub-03_desc-brain_mask.nii.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data, affine = load(tiny.path("03"))
+    options = ["--model", bundle, "--participant-label", "03", *quick(tmp_path / "work", theirs)]
+    lines = []
+    for floor in (0, np.percentile(data[data > 0], 5)):
+        nb.save(nb.Nifti1Image((data > floor).astype("u1"), affine), path)
+        ran = call(tiny.root, tmp_path / "out", "participant", *options)
+        assert ran.code == 0, ran.out + ran.err
+        lines.append(ran.line("sub-03_T1w"))
+    assert all(": harmonized" in line for line in lines), lines
+    again = call(tiny.root, tmp_path / "out", "participant", *options)
+    assert ": skipped" in again.line("sub-03_T1w")

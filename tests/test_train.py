@@ -11,6 +11,7 @@ from conftest import DataSet, call, give_transform, quick, snapshot
 
 from bids_harmony.interfaces.files import load
 from bids_harmony.methods.bundle import load_bundle
+from bids_harmony.workflows.models import bundle_name
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,9 @@ def test_one_scan_as_reference(site, tmp_path):
     options = ["--method", "zscore", *quick(tmp_path / "work", folder / "theirs")]
     ran = call(made.root, tmp_path / "out", "train", "--reference", made.path("02"), *options)
     assert ran.code == 0, ran.out + ran.err
-    bundle = load_bundle(tmp_path / "out" / "models" / "zscore-sub-02-T1w")
+    bundle = load_bundle(tmp_path / "out" / "models" / "zscore-sub-02_T1w")
     assert bundle.meta["training_subjects"] == ["02"]
-    assert bundle.meta["reference"] == "sub-02_T1w.nii.gz"
+    assert bundle.meta["reference"] == "sub-02_T1w"
 
 
 def test_site_without_a_usable_scan(site, tmp_path):
@@ -151,3 +152,11 @@ def test_damaged_bundle(trained, site, tmp_path):
     ran = call(made.root, tmp_path / "out", "participant", "--model", bad, *options)
     assert ran.code not in (0, 1), ran.out + ran.err
     assert str(bad) in ran.err
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("GE 1.5T MR01", "GE 1.5T MR02"), ("A B", "A-B"), ("a/b", "b")]
+)
+def test_bundle_names_tell_references_apart(one, other):
+    assert bundle_name("nyul", one) != bundle_name("nyul", other)
+    assert "/" not in bundle_name("nyul", one)

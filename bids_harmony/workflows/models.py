@@ -25,14 +25,14 @@ def bundle_name(method: str, reference: str) -> str:
     A label that is not plain text gets a checksum, so that no two references share a name.
     """
     words = reference_words(reference)
-    label = re.sub(r"[^A-Za-z0-9]+", "-", words)
+    label = re.sub(r"[^A-Za-z0-9_-]+", "-", words)
     digest = hashlib.sha256(words.encode()).hexdigest()[:6]
     return f"{method}-{label}" if label == words else f"{method}-{label}-{digest}"
 
 
 def reference_words(reference: str) -> str:
     """The reference as bundles name it: the site's label, or the file name of a scan."""
-    return Path(reference).name if Path(reference).is_file() else reference
+    return Path(reference).name.split(".")[0] if Path(reference).is_file() else reference
 
 
 def choose_bundle(
