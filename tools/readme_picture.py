@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from nibabel.processing import resample_from_to
 
-SITES = ("mprage3", "spgr15", "thick15")
+SITES = ("mprage3", "spgr15", "biased3")
 SUBJECT = "sub-01"
 GRID = ((96, 116, 96), np.array([[2.0, 0, 0, -96], [0, 2, 0, -126], [0, 0, 2, -82], [0, 0, 0, 1]]))
 
