@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/bids_harmony-phantom $(DEMO)/raw --subjects 6 --resolution 2 \
 	  --sites mprage3 spgr15 biased3
 	$(BIN)/bids_harmony $(DEMO)/raw $(DEMO)/out participant --method nyul --reference mprage3 \
-	  --work-dir $(DEMO)/work
+	  --sloppy --work-dir $(DEMO)/work
 	@echo "Open the reports:"; ls $(DEMO)/out/sub-*.html
 
 test: $(STAMP)
