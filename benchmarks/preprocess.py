@@ -133,7 +133,7 @@ def steps(sidecar: Path, work: Path) -> None:
     print(f"{sidecar.name}: seconds per step")
     rows = [
         (float(loadpkl(path).runtime.duration), path.parent.name)
-        for path in work.glob("bids_harmony_wf/**/result_*.pklz")
+        for path in work.glob("bids_harmony_*_wf/**/result_*.pklz")
     ]
     for seconds, name in sorted(rows, reverse=True):
         print(f"  {name:20s} {seconds:7.2f}")
