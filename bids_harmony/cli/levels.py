@@ -354,7 +354,7 @@ class _Run:
         if target.native_grid:
             return target
         grid = self._template(target.contract.grid, target.contract.resolution)
-        return load_target(folder, why, method=config.method, device=config.device, grid_file=grid)
+        return replace(target, grid_file=grid)
 
 
 def _planned(scan: Scan, text: str) -> Outcome:

@@ -99,9 +99,7 @@ def _bundles(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and is_bundle(f))
 
 
-def load_target(
-    folder: Path, why: str, *, method: str | None, device: str, grid_file: Path | None = None
-) -> Target:
+def load_target(folder: Path, why: str, *, method: str | None, device: str) -> Target:
     """Read a bundle as a `Target`.
 
     Raises
@@ -132,7 +130,6 @@ def load_target(
         contract=contract,
         output_scale={k: v.to_dict() for k, v in bundle.output_scale.items()},
         reference_quantiles=dict(bundle.meta.get("reference_quantiles", {})),
-        grid_file=grid_file,
         device=pick_device(device, card.devices)[0],
     )
 

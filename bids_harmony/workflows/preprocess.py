@@ -16,7 +16,7 @@ from bids_harmony.workflows.settings import Place, Preprocessing, own_mask
 PREPROCESSED = (
     "conformed_file", "conform_notes", "checksum", "conform_seconds",
     "mask_file", "mask_source", "mask_warnings", "stripped", "mask_seconds",
-    "corrected_file", "bias_file", "bias_seconds",
+    "bias_file", "bias_seconds",
     "transform_file", "registration_seconds", "in_template_file",
     "scaled_file", "scale", "scale_seconds",
 )  # fmt: skip
@@ -115,7 +115,6 @@ def _connect_bias(
         ])  # fmt: skip
         source = (n4, "out_file")
     workflow.connect(*source, scale, "in_file")
-    workflow.connect(*source, outputnode, "corrected_file")
     return source
 
 
