@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,8 @@ class Volume:
         Site label, ``n/a`` when unknown.
     name
         For messages, e.g. ``sub-01_T1w``.
+    subject
+        Label of the participant, so that training can be split by subject; empty when unknown.
     """
 
     data: FloatArray
@@ -73,6 +76,7 @@ class Volume:
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     site: str = "n/a"
     name: str = ""
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,3 +149,100 @@ class Method(ABC):
     @abstractmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Method:
         """Rebuild a fitted method from `arrays` and `params`."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a neural method is trained.
+
+    Attributes
+    ----------
+    preset
+        One of the method's `NeuralMethod.presets`: the size of the networks and of the training.
+    max_minutes
+        Limit for the whole training, after which the best state so far is kept; None for the
+        preset's own.
+    device, threads
+        ``cpu`` or ``cuda``, and CPU threads.
+    folder
+        Where checkpoints are kept, so that a killed training goes on where it stopped; None for
+        none. Its owner names it by everything that decides the training.
+    """
+
+    preset: str = "cpu"
+    max_minutes: float | None = None
+    device: str = "cpu"
+    threads: int = 1
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a trained method learned from the scans of a new site.
+
+    Attributes
+    ----------
+    arrays
+        Learned arrays.
+    details
+        JSON-serialisable facts for the sidecar: bits per dimension before and after, steps, stop
+        reason, names of the scans.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    details: Mapping[str, Any]
+
+
+class NeuralMethod(Method):
+    """A method with networks: trained with a preset, on a device, adapted to sites."""
+
+    presets: ClassVar[tuple[str, ...]] = ("cpu", "paper")
+    #: Whether `adapt` learns something from the scans of a site that training has not seen.
+    adapts: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def fit(
+        cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """Train on volumes of the reference domain.
+
+        Raises
+        ------
+        ScanError
+            If a volume cannot be used, or too few subjects are left to hold one out.
+        UsageError
+            If the preset is unknown.
+        """
+
+    @abstractmethod
+    def place_on(self, device: str, threads: int) -> None:
+        """Run on this device with this many CPU threads from now on."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Further files for the bundle, known right after `fit`: curves, pictures."""
+        return {}
+
+    def scores(self) -> Mapping[str, Any]:
+        """JSON-serialisable held-out scores of the training."""
+        return {}
+
+    def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
+        """Learn from the scans of one site; for methods with `adapts`.
+
+        Raises
+        ------
+        ScanError
+            If no volume can be used.
+        """
+        raise TypeError(f"{self.name} does not adapt to sites")
+
+    def adapted(self, adaptation: Adaptation) -> Self:
+        """The method as adapted to a site; for methods with `adapts`.
+
+        Raises
+        ------
+        ScanError
+            If the adaptation does not fit the model.
+        """
+        raise TypeError(f"{self.name} does not adapt to sites")

@@ -62,6 +62,7 @@ class StoredVolumes(Sequence[Volume]):
             spacing=(float(zooms[0]), float(zooms[1]), float(zooms[2])),
             site=facts["site"],
             name=facts["name"],
+            subject=facts["subject"],
         )
 
 
