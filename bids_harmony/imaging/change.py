@@ -1,7 +1,8 @@
 """Carry the change that a method made to the raw grid without losing detail or making seams.
 
 All intensities are on the contract's scale (brain roughly 0..1). The change is harmonized minus
-scaled input; it is smooth where the anatomy is kept, so it is interpolated instead of the image.
+scaled input. Between grids the change is interpolated instead of the image, less the part of it
+that has the anatomy's edges (see `tone`).
 """
 
 from __future__ import annotations

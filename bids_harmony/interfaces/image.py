@@ -7,6 +7,7 @@ from pathlib import Path
 from bids_harmony.imaging.change import apply_change, brain_curve, extend_change
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import IntensityScale, fit_scale
+from bids_harmony.imaging.tone import ToneCurve, carried, fit_tone
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
     File,
@@ -73,14 +74,20 @@ class _ChangeInput(BaseInterfaceInputSpec):
     before_file = File(exists=True, mandatory=True, desc="scaled scan on the model's grid")
     after_file = File(exists=True, mandatory=True, desc="harmonized scan on the model's grid")
     mask_file = File(exists=True, mandatory=True, desc="brain mask on the model's grid")
+    resampled = traits.Bool(mandatory=True, desc="the change will be interpolated to another grid")
 
 
 class _ChangeOutput(TimedOutputSpec):
-    out_file = File(desc="change, continued outside the mask")
+    out_file = File(desc="change, less the tone curve if there is one, continued outside the mask")
+    tone = traits.Dict(desc="tone curve; empty when the change is not interpolated")
 
 
 class Change(TimedInterface):
-    """What the method changed, continued past the brain's edge so that interpolation keeps it."""
+    """What the method changed, in a form that interpolation keeps.
+
+    It is continued past the brain's edge; what depends on intensity alone has the anatomy's edges
+    in it and goes as a curve.
+    """
 
     input_spec = _ChangeInput
     output_spec = _ChangeOutput
@@ -89,14 +96,20 @@ class Change(TimedInterface):
         before, affine = load(self.inputs.before_file)
         after, _ = load(self.inputs.after_file)
         mask = load_mask(self.inputs.mask_file)
-        change = extend_change(after - before, mask, _EXTEND_VOXELS)
+        rest, tone = after - before, {}
+        if self.inputs.resampled:
+            curve = fit_tone(before, after, mask)
+            rest, tone = after - curve(before), curve.to_dict()
+        change = extend_change(rest, mask, _EXTEND_VOXELS)
         self._results["out_file"] = store(change, affine, cwd / "change.nii")
+        self._results["tone"] = tone
 
 
 class _CarryInput(BaseInterfaceInputSpec):
     conformed_file = File(exists=True, mandatory=True, desc="tells where the raw scan is zero")
     scaled_file = File(exists=True, mandatory=True, desc="scaled scan on the raw grid")
     change_file = File(exists=True, mandatory=True, desc="change on the raw grid")
+    tone = traits.Dict(desc="tone curve that the change comes on top of")
     mask_file = File(exists=True, mandatory=True, desc="brain mask on the raw grid")
     output_scale = traits.Dict(mandatory=True, desc="scale of the reference domain")
 
@@ -115,6 +128,8 @@ class CarryChange(TimedInterface):
     def _run(self, cwd: Path) -> None:
         scaled, affine = load(self.inputs.scaled_file)
         change, _ = load(self.inputs.change_file)
+        if tone := self._given("tone"):
+            change = carried(scaled, change, ToneCurve.from_dict(tone))
         mask = load_mask(self.inputs.mask_file)
         zero = load(self.inputs.conformed_file)[0] == 0
         curve = brain_curve(scaled, scaled + change, mask)

@@ -60,7 +60,7 @@ def init_harmonize_wf(
         n_procs=prep.threads,
         mem_gb=gigabytes,
     )
-    change = Node(Change(), name="change", mem_gb=gigabytes)
+    change = Node(Change(resampled=not target.native_grid), name="change", mem_gb=gigabytes)
     carry = Node(
         CarryChange(output_scale=dict(target.output_scale[scan.suffix])),
         name="carry",
@@ -68,6 +68,7 @@ def init_harmonize_wf(
     )
     workflow.connect([
         (harmonize, change, [("out_file", "after_file")]),
+        (change, carry, [("tone", "tone")]),
         (inputnode, carry, [
             ("conformed_file", "conformed_file"), ("scaled_file", "scaled_file"),
             ("mask_file", "mask_file"),

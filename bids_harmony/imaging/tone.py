@@ -1,0 +1,159 @@
+"""The part of a method's change that depends on intensity alone, as one increasing curve.
+
+Such a change has the anatomy's edges in it and would be blurred by interpolation between grids.
+The curve is carried as a function instead, and only what is left of the change is interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from bids_harmony.errors import ScanError
+from bids_harmony.imaging.quantiles import Float64Array, brain_values
+
+FloatArray = NDArray[np.float32]
+
+_SEGMENTS = 32
+_TAIL = 5e-4
+_APART = 2  # voxels: the scale of detail that interpolation between like grids loses
+_PAIRS = 200_000
+_TIE = 1e-2
+_END_SLOPE = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class ToneCurve:
+    """Non-decreasing piecewise-linear intensity map, continued beyond its knots.
+
+    Attributes
+    ----------
+    x, y
+        Knots, `x` strictly increasing, `y` non-decreasing.
+    start_slope, end_slope
+        Slopes below the first and above the last knot.
+    """
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    start_slope: float
+    end_slope: float
+
+    def __call__(self, data: NDArray[Any]) -> FloatArray:
+        """Map intensities of any shape; the result may be below 0."""
+        values = np.asarray(data, dtype=np.float64)
+        mapped = np.interp(values, self.x, self.y)
+        mapped += self.start_slope * np.minimum(values - self.x[0], 0)
+        mapped += self.end_slope * np.maximum(values - self.x[-1], 0)
+        return mapped.astype(np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ToneCurve:
+        """Inverse of `to_dict`."""
+        return cls(
+            tuple(map(float, content["x"])),
+            tuple(map(float, content["y"])),
+            float(content["start_slope"]),
+            float(content["end_slope"]),
+        )
+
+
+def fit_tone(before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_]) -> ToneCurve:
+    """Increasing curve whose detail comes nearest to what was done to the brain.
+
+    Interpolation loses detail, so the curve is the one that leaves the least: differences of
+    `after` between voxels two apart along each axis are explained, in least squares, by those of
+    the curve of `before` (piecewise linear, slopes >= 0, weakly tied to their neighbours'). It is
+    the map itself where the method is an increasing map, and the identity plus a constant where
+    a smooth field was added. Beyond the knots it goes on with the outer slopes, bounded to 0.5..2
+    times the brain's gain.
+
+    Parameters
+    ----------
+    before, after
+        Scaled input and harmonized image on one grid, shape (X, Y, Z).
+    mask
+        Brain mask.
+
+    Raises
+    ------
+    ScanError
+        If shapes differ, the mask is empty, the input is constant or a value is not finite.
+    """
+    values = brain_values(before, mask, "scaled input")
+    if after.shape != mask.shape or not np.isfinite(after[mask]).all():
+        raise ScanError("the harmonized image has another shape or holds NaN or infinite values")
+    targets = np.asarray(after[mask], dtype=np.float64)
+    x = _knots(values)
+    slopes = _slopes(x, *_differences(before, after, mask))
+    y = np.append(0.0, np.cumsum(slopes * np.diff(x)))
+    gain = float(targets.mean() / values.mean()) if targets.mean() * values.mean() > 0 else 1.0
+    start, end = np.clip(slopes[[0, -1]], _END_SLOPE[0] * gain, _END_SLOPE[1] * gain)
+    curve = ToneCurve(tuple(x.tolist()), tuple(y.tolist()), float(start), float(end))
+    level = float((targets - curve(values)).mean())
+    return replace(curve, y=tuple((y + level).tolist()))
+
+
+def carried(scaled: NDArray[Any], rest: NDArray[Any], curve: ToneCurve) -> FloatArray:
+    """Whole change on a grid, from the curve and what it left: ``curve(scaled) + rest - scaled``.
+
+    Parameters
+    ----------
+    scaled
+        Scaled scan on that grid, shape (X, Y, Z).
+    rest
+        ``after - curve(before)`` of the model's grid, interpolated to that grid.
+    curve
+        From `fit_tone` on the model's grid.
+    """
+    return curve(scaled) + np.asarray(rest, np.float32) - np.asarray(scaled, np.float32)
+
+
+def _knots(values: Float64Array) -> Float64Array:
+    """Evenly spaced knots over all but the outermost brain values; at least two."""
+    low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
+    if high - low < 1e-6 * (values.max() - values.min()):  # nearly all voxels have one value
+        low, high = values.min(), values.max()
+    return np.linspace(low, high, _SEGMENTS + 1)
+
+
+def _differences(
+    before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_]
+) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """Input at both ends of pairs of brain voxels, and the difference of the results."""
+    firsts, seconds, steps = [], [], []
+    for axis in range(3):
+        near = tuple(slice(None, -_APART) if a == axis else slice(None) for a in range(3))
+        far = tuple(slice(_APART, None) if a == axis else slice(None) for a in range(3))
+        index = np.flatnonzero(mask[near] & mask[far])
+        index = index[:: max(index.size // _PAIRS, 1)]
+        firsts.append(before[near].ravel()[index])
+        seconds.append(before[far].ravel()[index])
+        steps.append(after[far].ravel()[index] - after[near].ravel()[index])
+    first, second, step = (np.concatenate(p).astype(np.float64) for p in (firsts, seconds, steps))
+    return first, second, step
+
+
+def _slopes(
+    x: Float64Array, first: Float64Array, second: Float64Array, step: Float64Array
+) -> Float64Array:
+    """Slope of each segment, >= 0, that explains the steps best."""
+    least, most = np.zeros(_SEGMENTS), np.diff(x)
+    least[0], most[-1] = -np.inf, np.inf  # the outer segments go on beyond the knots
+    ramps = np.clip(second[:, None] - x[:-1], least, most)
+    ramps -= np.clip(first[:, None] - x[:-1], least, most)
+    normal, right = ramps.T @ ramps, ramps.T @ step
+    weight = max(float(np.trace(normal)) / _SEGMENTS, 1e-12)
+    bend = np.diff(np.eye(_SEGMENTS), axis=0)
+    normal += _TIE * weight * (bend.T @ bend) + 1e-9 * weight * np.eye(_SEGMENTS)
+    lower = np.linalg.cholesky(normal)
+    return nnls(lower.T, np.linalg.solve(lower, right))[0]
