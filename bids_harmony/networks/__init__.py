@@ -1,0 +1,1 @@
+"""Networks of the neural methods: normalizing flows and harmonizers (need the `neural` extra)."""
