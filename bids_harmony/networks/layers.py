@@ -1,6 +1,7 @@
 """Layers of the spline flow: squeezing, ActNorm, invertible 1x1 convolutions, conditioner.
 
-Activations have their channels last, (B, H, W, C), so that a 1x1 convolution is a matrix product.
+Activations have their channels first of all, (C, B, H, W), so that a 1x1 convolution is a matrix
+product and each spline parameter is one long row.
 Parameters have the names and shapes of the `nflows` modules from which the classes derive.
 """
 
@@ -21,24 +22,24 @@ CONSTANT = 1e-6
 MatrixBias = tuple[Tensor, Tensor]
 
 
-def squeeze(x: Tensor) -> Tensor:
-    """(B, H, W, C) to (B, H/2, W/2, 4 C); the four pixels of a block are neighbours in C."""
-    b, h, w, c = x.shape
-    blocks = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
-    return blocks.reshape(b, h // 2, w // 2, 4 * c)
+def squeeze(h: Tensor) -> Tensor:
+    """(C, B, H, W) to (4 C, B, H/2, W/2); the four pixels of a block are neighbours in C."""
+    c, b, height, width = h.shape
+    blocks = h.reshape(c, b, height // 2, 2, width // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    return blocks.reshape(4 * c, b, height // 2, width // 2)
 
 
-def unsqueeze(x: Tensor) -> Tensor:
+def unsqueeze(h: Tensor) -> Tensor:
     """The inverse of `squeeze`."""
-    b, h, w, c = x.shape
-    blocks = x.reshape(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
-    return blocks.reshape(b, 2 * h, 2 * w, c // 4)
+    c, b, height, width = h.shape
+    blocks = h.reshape(c // 4, 2, 2, b, height, width).permute(0, 3, 4, 1, 5, 2)
+    return blocks.reshape(c // 4, b, 2 * height, 2 * width)
 
 
 def pointwise(h: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """The channel map y = W x + b at every location of `h` (B, H, W, C), in its own precision."""
+    """The channel map y = W x + b at every location of `h` (C, B, H, W), in its own precision."""
     with torch.autocast(h.device.type, enabled=False):
-        return functional.linear(h, matrix, bias)
+        return torch.addmm(bias.unsqueeze(-1), matrix, h.flatten(1)).view(h.shape)
 
 
 def joined(first: MatrixBias, second: MatrixBias) -> MatrixBias:
@@ -52,13 +53,13 @@ class ActNorm(BaseActNorm):
     """Scale and shift of each channel, set by the first batch (Kingma & Dhariwal 2018, 3.1)."""
 
     def initialize(self, x: Tensor) -> None:
-        """Give each channel of `x` (..., C) mean 0 and deviation 1; a constant one mean 0."""
+        """Give each channel of `x` (C, ...) mean 0 and deviation 1; a constant one mean 0."""
         with torch.no_grad():
-            flat = x.reshape(-1, x.shape[-1])
-            std = flat.std(dim=0, correction=0)
+            flat = x.flatten(1)
+            std = flat.std(dim=1, correction=0)
             std = torch.where(std > CONSTANT, std, torch.ones_like(std))
             self.log_scale.copy_(-std.log())
-            self.shift.copy_(-flat.mean(dim=0) / std)
+            self.shift.copy_(-flat.mean(dim=1) / std)
             self.initialized.fill_(True)
 
     def matrix_bias(self) -> MatrixBias:
@@ -91,7 +92,7 @@ class PointwiseConvolution(OneByOneConvolution):
 
 
 class Conditioner(ConvResidualNet):
-    """Residual network of a coupling (Durkan et al. 2019, B.2), channels last in and out."""
+    """Residual network of a coupling (Durkan et al. 2019, B.2), channels first in and out."""
 
     def __init__(
         self, inputs: int, outputs: int, hidden: int, blocks: int, batch_norm: bool
@@ -99,13 +100,15 @@ class Conditioner(ConvResidualNet):
         super().__init__(inputs, outputs, hidden, num_blocks=blocks, use_batch_norm=batch_norm)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """(B, H, W, inputs) to (B, H, W, outputs), the outputs multiplied by `scale`."""
+        """(inputs, B, H, W) to (outputs, B, H, W), the outputs multiplied by `scale`."""
         first, last = self.initial_layer, self.final_layer
-        h = functional.linear(x, first.weight.flatten(1), first.bias).permute(0, 3, 1, 2)
+        flat = functional.linear(x.flatten(1).t(), first.weight.flatten(1), first.bias)
+        h = flat.view(*x.shape[1:], -1).permute(0, 3, 1, 2)
         for block in self.blocks:
             h = self._block(block, h)
-        weight, bias = last.weight.flatten(1) * scale[:, None], last.bias * scale
-        return functional.linear(h.permute(0, 2, 3, 1), weight, bias)
+        flat = h.permute(0, 2, 3, 1).flatten(0, 2).t()
+        weight, bias = last.weight.flatten(1) * scale.unsqueeze(-1), last.bias * scale
+        return torch.addmm(bias.unsqueeze(-1), weight, flat).view(-1, *x.shape[1:])
 
     def _block(self, block: ConvResidualBlock, h: Tensor) -> Tensor:
         if not block.use_batch_norm:

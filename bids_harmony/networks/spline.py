@@ -1,25 +1,26 @@
 """Monotone rational-quadratic splines with linear tails (Durkan et al. 2019, Neural Spline Flows).
 
-Only the knots of the bin that holds the input are brought to full form; all elements, inside and
-outside the tail bound, take one path, without boolean indexing.
+The parameters of an element lie along the last axis but one, so that every operation runs over
+long rows. All elements, inside and outside the tail bound, take one path, and only the bin that
+holds an element is worked out.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-MIN_WIDTH = 1e-3
-MIN_HEIGHT = 1e-3
+#: Least width and height of a bin as a share of the interval, and least slope at a knot.
+MIN_SIZE = 1e-3
 MIN_SLOPE = 1e-3
 
 
 class Bin(NamedTuple):
-    """The bin of each element: lower corner, size and slopes at both ends, shape of the input."""
+    """The bin of each element: lower corner, size, slopes at both ends; shaped as the input."""
 
     left: Tensor
     width: Tensor
@@ -34,60 +35,108 @@ def rational_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """Element-wise monotone spline on [-tail_bound, tail_bound], the identity outside.
 
-    Durkan et al. 2019, eqs. 4-8. Where float32 loses the discriminant of the inverse, it counts
-    as zero.
+    Durkan et al. 2019, eqs. 4-8. Where rounding loses the discriminant of the inverse, it counts
+    as zero. Second derivatives are not available.
 
     Parameters
     ----------
     x
-        Any shape.
+        Shape (..., N).
     parameters
-        Shape of `x` plus 3 K - 1 for K bins: K unnormalized widths, K heights, K - 1 slopes at
+        Shape (..., 3 K - 1, N) for K >= 2 bins: K unnormalized widths, K heights, K - 1 slopes at
         the inner knots.
 
     Returns
     -------
     y, log_slope
-        Shape of `x`; log_slope is log dy/dx, for the inverse as well.
+        Shape (..., N); log_slope is log dy/dx, for the inverse as well.
     """
     inside = x.abs() <= tail_bound
     value = x.clamp(-tail_bound, tail_bound)
-    found = find_bin(value, parameters, tail_bound, by_height=inverse)
+    found = Bin(*FindBin.apply(value.detach(), parameters, tail_bound, inverse))
     y, log_slope = (_invert if inverse else _evaluate)(value, found)
     return torch.where(inside, y, x), log_slope * inside
 
 
-def find_bin(x: Tensor, parameters: Tensor, tail_bound: float, *, by_height: bool) -> Bin:
-    """The bin of each element, by its x coordinate or, `by_height`, by its y coordinate."""
-    bins = (parameters.shape[-1] + 1) // 3
-    sizes = parameters[..., : 2 * bins].unflatten(-1, (2, bins)).softmax(dim=-1)
-    least = MIN_WIDTH
-    sizes = (2 * tail_bound) * (least + (1 - least * bins) * sizes)
-    knots = sizes.cumsum(dim=-1) - tail_bound
-    axis = knots[..., int(by_height), :-1]
-    index = (x.unsqueeze(-1) >= axis).sum(dim=-1, keepdim=True)
-    both = index.unsqueeze(-1).expand(*index.shape[:-1], 2, 1)
-    size = sizes.gather(-1, both).squeeze(-1)
-    corner = knots.gather(-1, both).squeeze(-1) - size
-    # The tails have slope 1: softplus of `outer` plus the least slope.
-    outer = math.log(math.exp(1 - MIN_SLOPE) - 1)
-    padded = functional.pad(parameters[..., 2 * bins :], (1, 1), value=outer)
-    ends = torch.cat((index, index + 1), dim=-1)
-    slopes = MIN_SLOPE + functional.softplus(padded.gather(-1, ends))
-    return Bin(
-        corner[..., 0], size[..., 0], corner[..., 1], size[..., 1], slopes[..., 0], slopes[..., 1]
-    )
+class FindBin(torch.autograd.Function):
+    """The `Bin` of each element, by its x coordinate or, `by_height`, by its y coordinate.
+
+    With p the softmax of K unnormalized sizes, m the least share and s the whole interval, a bin's
+    size is s (m + (1 - m K) p). The gradient by the sizes is that of the size of the bin found,
+    and of its corner, the sum of the sizes before it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parameters: Tensor, tail_bound: float, by_height: bool
+    ) -> tuple[Tensor, ...]:
+        """See the class; `x` (..., N), `parameters` (..., 3 K - 1, N)."""
+        bins = (parameters.shape[-2] + 1) // 3
+        share = parameters[..., : 2 * bins, :].unflatten(-2, (2, bins)).softmax(dim=-2)
+        upto = share.cumsum(dim=-2)
+        whole, rest = 2 * tail_bound, 1 - MIN_SIZE * bins
+        number = torch.arange(1, bins, dtype=x.dtype, device=x.device).unsqueeze(-1)
+        axis = upto[..., int(by_height), :-1, :] * rest + MIN_SIZE * number
+        position = ((x + tail_bound) / whole).unsqueeze(-2)
+        index = (position >= axis).sum(dim=-2, keepdim=True)
+        both = index.unsqueeze(-3).expand(*share.shape[:-2], 1, -1)
+        picked = share.gather(-2, both).squeeze(-2)
+        before = upto.gather(-2, both).squeeze(-2) - picked
+        size = whole * (MIN_SIZE + rest * picked)
+        corner = whole * (MIN_SIZE * index + rest * before) - tail_bound
+        slopes = parameters[..., 2 * bins :, :]
+        raw = [
+            slopes.gather(-2, (index + side).clamp(0, bins - 2)).squeeze(-2) for side in (-1, 0)
+        ]
+        # The tails have slope 1.
+        ends = [index.squeeze(-2) == edge for edge in (0, bins - 1)]
+        slope = [
+            (functional.softplus(r) + MIN_SLOPE).masked_fill(end, 1)
+            for r, end in zip(raw, ends, strict=True)
+        ]
+        ctx.save_for_backward(share, index, *raw)
+        ctx.factor = whole * rest
+        left, bottom = corner.unbind(-2)
+        width, height = size.unbind(-2)
+        return left, width, bottom, height, slope[0], slope[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
+        """Gradient by `parameters` alone: a bin is constant around `x`."""
+        share, index, raw_left, raw_right = ctx.saved_tensors
+        bins = share.shape[-2]
+        left, width, bottom, height, slope_left, slope_right = grads
+        corner = torch.stack((left, bottom), dim=-2).unsqueeze(-2)
+        size = torch.stack((width, height), dim=-2).unsqueeze(-2)
+        number = torch.arange(bins, device=index.device).unsqueeze(-1)
+        both = index.unsqueeze(-3)
+        by_share = torch.where(number < both, corner, torch.zeros_like(corner))
+        by_share.scatter_(-2, both.expand_as(size), size)
+        by_share.mul_(share)
+        total = by_share.sum(dim=-2, keepdim=True)
+        shape = (*share.shape[:-3], 3 * bins - 1, share.shape[-1])
+        out = torch.zeros(shape, dtype=share.dtype, device=share.device)
+        by_size = out[..., : 2 * bins, :].unflatten(-2, (2, bins))
+        torch.addcmul(by_share, share, total, value=-1, out=by_share)
+        by_size.copy_(by_share.mul_(ctx.factor))
+        by_slope = out[..., 2 * bins :, :]
+        for side, raw, grad in ((-1, raw_left, slope_left), (0, raw_right, slope_right)):
+            edge = index == (0 if side else bins - 1)
+            value = (grad * torch.sigmoid(raw)).unsqueeze(-2).masked_fill(edge, 0)
+            by_slope.scatter_add_(-2, (index + side).clamp(0, bins - 2), value)
+        return None, out, None, None
 
 
 def _log_slope(theta: Tensor, steep: Tensor, curve: Tensor, found: Bin) -> Tensor:
-    """log dy/dx at the place `theta` (0..1) of the bin; `steep` its mean slope."""
+    """log dy/dx at the place `theta` (0..1) of the bin; `steep` is its mean slope."""
     across = theta * (1 - theta)
     numerator = (
         found.slope_right * theta.square()
         + 2 * steep * across
         + found.slope_left * (1 - theta).square()
     )
-    return 2 * torch.log(steep / (steep + curve * across)) + torch.log(numerator)
+    return torch.log(numerator * (steep / (steep + curve * across)).square())
 
 
 def _evaluate(x: Tensor, found: Bin) -> tuple[Tensor, Tensor]:

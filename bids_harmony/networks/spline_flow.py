@@ -40,7 +40,7 @@ class Step(nn.Module):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        self.changed, self.bins, self.tail = channels // 2, bins, tail_bound
+        self.changed, self.bins, self.tail_bound = channels // 2, bins, tail_bound
         self.act_norm = ActNorm(channels)
         self.mix_in = PointwiseConvolution(channels)
         self.mix_out = PointwiseConvolution(channels)
@@ -52,16 +52,19 @@ class Step(nn.Module):
         self.register_buffer("scale", scale.flatten(), persistent=False)
 
     def couple(self, h: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """The spline coupling of `h` (B, H, W, C); also its log-determinant (B, H, W)."""
-        changed, given = h[..., : self.changed], h[..., self.changed :]
+        """The spline coupling of `h` (C, B, H, W); also its log-determinant (1, B, H, W)."""
+        changed, given = h.split((self.changed, len(h) - self.changed))
         parameters = self.conditioner(given, self.scale).to(h.dtype)
-        parameters = parameters.unflatten(-1, (self.changed, 3 * self.bins - 1))
-        changed, log_slope = rational_quadratic(changed, parameters, self.tail, inverse=inverse)
-        return torch.cat((changed, given), dim=-1), log_slope.sum(dim=-1)
+        parameters = parameters.reshape(self.changed, 3 * self.bins - 1, -1)
+        flat, log_slope = rational_quadratic(
+            changed.flatten(1), parameters, self.tail_bound, inverse=inverse
+        )
+        out = torch.cat((flat.view(changed.shape), given))
+        return out, log_slope.sum(dim=0).view(1, *h.shape[1:])
 
 
 class Maps(NamedTuple):
-    """The channel maps of a level, before each coupling and after the last: h W^T + b."""
+    """The channel maps of a level, before each coupling and after the last: W h + b."""
 
     matrices: list[Tensor]
     biases: list[Tensor]
@@ -77,7 +80,7 @@ class Level(nn.Module):
         self.keeper = Keeper()
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """`h` (B, H, W, C) after all steps; log-determinant map (B, H, W)."""
+        """`h` (C, B, H, W) after all steps; log-determinant map (1, B, H, W)."""
         if self.training:
             self._initialize(h)
         maps = self._maps()
@@ -179,7 +182,7 @@ class SplineFlow(Flow):
     Raises
     ------
     ValueError
-        If a size is not positive.
+        If a size is not positive, or there are less than two bins.
     """
 
     def __init__(
@@ -196,8 +199,8 @@ class SplineFlow(Flow):
         grey_levels: int = 256,
     ) -> None:
         super().__init__()
-        if min(channels, levels, steps, hidden, blocks, bins, grey_levels, tail_bound) <= 0:
-            raise ValueError("sizes of a spline flow must be positive")
+        if min(channels, levels, steps, hidden, blocks, bins - 1, grey_levels, tail_bound) <= 0:
+            raise ValueError("sizes of a spline flow must be positive, with two bins or more")
         self.channels, self.divisor, self.grey_levels = channels, 2**levels, grey_levels
         self._steps = steps
         self._sizes = {
@@ -225,26 +228,26 @@ class SplineFlow(Flow):
 
     def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Latents, and log-determinants as maps (B, 1, H_j, W_j), finest grid first."""
-        h = x.permute(0, 2, 3, 1)
+        h = x.transpose(0, 1)
         latents, maps = [], []
         for level in self.levels:
             h, log_det = level.encode(squeeze(h))
-            maps.append(log_det.unsqueeze(1))
+            maps.append(log_det.transpose(0, 1))
             if level is not self.levels[-1]:
-                latent, h = h.chunk(2, dim=-1)
-                latents.append(latent.permute(0, 3, 1, 2))
-        return [*latents, h.permute(0, 3, 1, 2)], maps
+                latent, h = h.chunk(2)
+                latents.append(latent.transpose(0, 1))
+        return [*latents, h.transpose(0, 1)], maps
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """The image with these latents, unchecked."""
-        h = latents[-1].permute(0, 2, 3, 1)
+        h = latents[-1].transpose(0, 1)
         for level, latent in zip(
             reversed(self.levels), [*reversed(latents[:-1]), None], strict=True
         ):
             h = unsqueeze(level.decode(h))
             if latent is not None:
-                h = torch.cat((latent.permute(0, 2, 3, 1), h), dim=-1)
-        return h.permute(0, 3, 1, 2)
+                h = torch.cat((latent.transpose(0, 1), h))
+        return h.transpose(0, 1)
 
     def latent_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C_i, H_i, W_i) of each latent of an image of this size."""
