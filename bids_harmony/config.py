@@ -12,6 +12,13 @@ from bids_harmony.errors import MissingInputError, UsageError
 DEFAULT_SEED = 20200220
 DEFAULT_DESC = "harmonized"
 DEFAULT_TEMPLATE = "MNI152NLin2009aSym"
+DEFAULT_METHOD = "nyul"
+DEFAULT_ADAPT = "site"
+#: Folder below OUT_DIR/models with adaptations to sites, which is therefore no name for a bundle.
+ADAPTED = "adapted"
+#: Scans of a site that a method adapts to. A scanner's appearance is common to its scans, so few
+#: are enough and the cost does not grow with the site; one alone would also teach its anatomy.
+ADAPT_SCANS = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class Config:
     method: str | None = None
     model: str | None = None
     name: str | None = None
+    preset: str | None = None
+    max_time: int | None = None
+    adapt: str | None = None
+    adapt_scans: int | None = None
     reference: str | None = None
     site_from: str | None = None
     desc: str = DEFAULT_DESC

@@ -25,8 +25,8 @@ from bids_harmony.methods.bundle import load_bundle, save_bundle
 from bids_harmony.methods.registry import available, load
 from bids_harmony.resources import detect
 from bids_harmony.workflows.engine import Engine
-from bids_harmony.workflows.settings import Place, Preprocessing
-from bids_harmony.workflows.train import fit_reference
+from bids_harmony.workflows.settings import Job, Place, Preprocessing
+from bids_harmony.workflows.train import Fit, fit_reference
 
 SITES = {"T1w": "novosibirsk", "T2w": "ljubljana", "FLAIR": "ljubljana"}
 LICENCE = {
@@ -75,21 +75,17 @@ def build(method: str, modalities: tuple[str, ...], bids_dir: Path, work_dir: Pa
     contract = load(method).contract_for(modalities)
     name = f"{method}-default"
     native = contract.grid == NATIVE_GRID
-    folder, outcomes = fit_reference(
-        scans,
-        method=method,
-        name=name,
-        reference="default",
+    job = Job(
         prep=Preprocessing(
             template=DEFAULT_TEMPLATE, template_file=template(work_dir, 2), seed=DEFAULT_SEED
         ),
         place=Place(bids_dir, work_dir / "out", work_dir, "harmonized"),
-        grid_file=None if native else template(work_dir, float(contract.resolution or 1)),
         folders={},
         engine=Engine(resources=detect(), work_dir=work_dir, seed=DEFAULT_SEED),
         clean=True,
-        on_outcome=print,
     )
+    grid = None if native else template(work_dir, float(contract.resolution or 1))
+    folder, outcomes = fit_reference(scans, Fit(method, name, "default", grid), job, print)
     if any(o.status != "preprocessed" for o in outcomes):
         raise SystemExit(f"{method}: a training scan was refused")
     bundle = load_bundle(folder)

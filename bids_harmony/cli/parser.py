@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,21 @@ from typing import Any, NoReturn
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.scan import MODALITIES
-from bids_harmony.config import DEFAULT_DESC, DEFAULT_SEED, Config, read_config_file
+from bids_harmony.cli.checks import checked
+from bids_harmony.config import (
+    ADAPT_SCANS,
+    DEFAULT_DESC,
+    DEFAULT_SEED,
+    Config,
+    read_config_file,
+)
 from bids_harmony.errors import ExitCode, UsageError
 from bids_harmony.methods.registry import available
 
 LEVELS = ("train", "participant")
 STEPS_TO_IGNORE = ("bias-field",)
+PRESETS = ("cpu", "paper")
+ADAPT = ("site", "scan", "none")
 _EPILOG = """\
 examples:
   bids_harmony BIDS OUT participant
@@ -162,6 +170,35 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
         help="site of this data set (or one scan) whose appearance is wanted",
     )
     _option(group, "--name", help="train: name of the model bundle (default METHOD-REFERENCE)")
+    presets = dict.fromkeys(PRESETS)
+    presets |= {preset: None for card in available().values() for preset in card.presets}
+    _option(
+        group,
+        "--preset",
+        choices=tuple(presets),
+        help="train, neural methods: size of network and training (default: the method's first)",
+    )
+    _option(
+        group,
+        "--max-time",
+        type=_positive,
+        metavar="MINUTES",
+        help="train, neural methods: stop the training after this time and keep the best state",
+    )
+    _option(
+        group,
+        "--adapt",
+        choices=ADAPT,
+        help="participant, methods that adapt: to each site that training has not seen (default), "
+        "to each scan alone, or not at all",
+    )
+    _option(
+        group,
+        "--adapt-scans",
+        type=_positive,
+        metavar="N",
+        help=f"scans of a site that are adapted to ({ADAPT_SCANS})",
+    )
     _option(group, "--desc", metavar="LABEL", help=f"desc- label of outputs ({DEFAULT_DESC})")
     _option(
         group,
@@ -284,7 +321,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     settings |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for key in ("bids_dir", "out_dir", "work_dir"):
         settings[key] = settings[key].absolute()
-    return _checked(Config(**settings))
+    return checked(Config(**settings))
 
 
 def _check_choices(parser: argparse.ArgumentParser, settings: dict[str, Any], path: Path) -> None:
@@ -299,56 +336,3 @@ def _check_choices(parser: argparse.ArgumentParser, settings: dict[str, Any], pa
                     f"--config-file {path}: {action.dest} = {one!r} is none of "
                     + ", ".join(map(str, action.choices))
                 )
-
-
-def _checked(config: Config) -> Config:
-    """Refuse what cannot work before anything is read."""
-    if config.out_dir == config.bids_dir:
-        raise UsageError(
-            f"OUT_DIR is the raw data set {config.bids_dir}, which is only read; "
-            f"write for example to {config.bids_dir / 'derivatives' / 'bids_harmony'}"
-        )
-    if (
-        config.bids_dir in config.out_dir.parents
-        and config.out_dir.relative_to(config.bids_dir).parts[0] != "derivatives"
-    ):
-        raise UsageError(
-            f"OUT_DIR {config.out_dir} lies inside the raw data set, which is only read; "
-            f"only {config.bids_dir / 'derivatives'} may be written there"
-        )
-    if config.work_dir == config.bids_dir or config.bids_dir in config.work_dir.parents:
-        raise UsageError(
-            f"the work folder {config.work_dir} lies inside the data set; name another with -w"
-        )
-    if config.work_dir == config.out_dir:
-        raise UsageError(f"the work folder is OUT_DIR {config.out_dir}; name another with -w")
-    if not (config.desc.isascii() and config.desc.replace("+", "").isalnum()):
-        raise UsageError(f"--desc {config.desc!r}: only letters, digits and + are allowed")
-    (_check_train if config.analysis_level == "train" else _check_participant)(config)
-    return config
-
-
-def _check_train(config: Config) -> None:
-    if not config.reference:
-        raise UsageError("train needs --reference SITE (or one scan)")
-    if config.model:
-        raise UsageError("--model is read by participant; train writes one: use --name")
-    if config.reports_only or config.boilerplate_only or config.level != "full":
-        raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
-    if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", config.name):
-        raise UsageError(f"--name {config.name!r}: only letters, digits and . _ + - are allowed")
-
-
-def _check_participant(config: Config) -> None:
-    if config.name:
-        raise UsageError("--name is for train; participant takes --model")
-    if config.model and config.reference:
-        raise UsageError("--model has a reference of its own; give --model or --reference")
-    if config.level == "full":
-        return
-    if config.method or config.model or config.reference:
-        raise UsageError(
-            "--level minimal harmonizes nothing; leave out --method, --model and --reference"
-        )
-    if config.reports_only or config.boilerplate_only:
-        raise UsageError("--level minimal writes no report; leave it out")

@@ -1,13 +1,14 @@
-"""The node that hands one scan to a method."""
+"""The nodes that hand scans to a method."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nb
 import numpy as np
 
-from bids_harmony.bids.write import save_nifti, write_json
+from bids_harmony.bids.scan import UNKNOWN_SITE
 from bids_harmony.errors import HarmonyError
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
@@ -19,21 +20,32 @@ from bids_harmony.interfaces.base import (
 from bids_harmony.interfaces.files import load, load_mask, store
 
 
-class _HarmonizeInput(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="scaled scan on the model's grid")
-    mask_file = File(exists=True, mandatory=True, desc="brain mask on the same grid")
+class _ModelInput(BaseInterfaceInputSpec):
     bundle = traits.Str(mandatory=True, desc="folder of the model bundle")
     bundle_hash = traits.Str(mandatory=True, desc="so that a changed bundle is noticed")
-    modality = traits.Str(mandatory=True)
-    site = traits.Str("n/a", usedefault=True)
-    name = traits.Str("scan", usedefault=True, desc="for messages")
     random_seed = traits.Int(0, usedefault=True)
+    device = traits.Str("cpu", usedefault=True, desc="where networks run")
+    num_threads = traits.Int(1, usedefault=True)
+    use_gpu = traits.Bool(False, usedefault=True, desc="so that one node has the GPU at a time")
+
+
+class _HarmonizeInput(_ModelInput):
+    in_file = File(exists=True, mandatory=True, desc="scaled scan on the model's grid")
+    mask_file = File(exists=True, mandatory=True, desc="brain mask on the same grid")
+    modality = traits.Str(mandatory=True)
+    site = traits.Str(UNKNOWN_SITE, usedefault=True)
+    name = traits.Str("scan", usedefault=True, desc="for messages")
+    adapt = traits.Enum("none", "site", "scan", usedefault=True, desc="what is adapted to")
+    adapt_why = traits.Str("", usedefault=True, desc="why, in words")
+    adaptation = traits.Str("", usedefault=True, desc="folder of the site's adaptation")
+    adaptation_hash = traits.Str("", usedefault=True, desc="so that a changed one is noticed")
 
 
 class _HarmonizeOutput(TimedOutputSpec):
     out_file = File(desc="harmonized scan, scaled, zero outside the mask")
     details = traits.Dict(desc="facts for the sidecar")
     warnings = traits.List(traits.Str, desc="sentences for the report")
+    adaptation = traits.Dict(desc="what the method learned from the site or scan")
 
 
 class Harmonize(TimedInterface):
@@ -44,14 +56,8 @@ class Harmonize(TimedInterface):
 
     def _run(self, cwd: Path) -> None:
         from bids_harmony.methods.base import Volume
-        from bids_harmony.methods.bundle import load_bundle
 
-        bundle = load_bundle(Path(self.inputs.bundle))
-        if bundle.hash != self.inputs.bundle_hash:
-            raise HarmonyError(
-                f"{self.inputs.bundle} changed while this run was using it; run again"
-            )
-        method = bundle.method
+        method = _placed(self.inputs)
         data, affine = load(self.inputs.in_file)
         mask = load_mask(self.inputs.mask_file)
         if method.contract.masked:
@@ -64,6 +70,7 @@ class Harmonize(TimedInterface):
             site=self.inputs.site,
             name=self.inputs.name,
         )
+        method, adaptation, warnings = self._adapted(method, volume)
         done = method.harmonize(volume, seed=self.inputs.random_seed)
         if done.data.shape != data.shape or not np.isfinite(done.data[mask]).all():
             raise HarmonyError(
@@ -72,35 +79,68 @@ class Harmonize(TimedInterface):
             )
         self._results["out_file"] = store(done.data, affine, cwd / "harmonized.nii")
         self._results["details"] = dict(done.details)
-        self._results["warnings"] = list(done.warnings)
+        self._results["warnings"] = [*warnings, *done.warnings]
+        self._results["adaptation"] = adaptation
+
+    def _adapted(self, method: Any, volume: Any) -> tuple[Any, dict[str, Any], list[str]]:
+        """The method as adapted to the scan's site or the scan, what was learned, warnings."""
+        scope, why = self.inputs.adapt, self.inputs.adapt_why
+        if scope == "none":
+            return method, {"scope": "none", "reason": why} if why else {}, []
+        warnings = []
+        if scope == "scan":
+            found = method.adapt([volume], seed=self.inputs.random_seed)
+            words: dict[str, Any] = {"scope": "scan", "reason": why}
+            if volume.site == UNKNOWN_SITE:
+                warnings = [
+                    "The scan's site is unknown: the model was adapted to this scan alone."
+                ]
+        else:
+            from bids_harmony.methods.adaptation import load_adaptation
+
+            stored = load_adaptation(Path(self.inputs.adaptation))
+            if stored.hash != self.inputs.adaptation_hash:
+                raise HarmonyError(
+                    f"{self.inputs.adaptation} changed while this run was using it; run again"
+                )
+            found = stored.adaptation
+            words = {"scope": "site", "reason": why, "hash": stored.hash}
+            words["site"] = stored.facts["site"]
+            words["scans"] = [scan["file"] for scan in stored.facts["scans"]]
+        return method.adapted(found), {**found.details, **words}, warnings
 
 
-class _StoreInput(BaseInterfaceInputSpec):
-    scaled_file = File(exists=True, mandatory=True, desc="scaled scan on the model's grid")
-    mask_file = File(exists=True, mandatory=True, desc="brain mask on the same grid")
-    scale = traits.Dict(mandatory=True)
-    out_stem = traits.Str(mandatory=True, desc="path without extension")
-    key = traits.Dict(mandatory=True, desc="what makes the volume reusable")
-    checksum = traits.Str("", usedefault=True)
-    facts = traits.Dict(mandatory=True, desc="modality, site, name")
+class _AdaptInput(_ModelInput):
+    stems = traits.List(traits.Str, mandatory=True, desc="stored volumes of one site and modality")
+    folder = traits.Str(mandatory=True, desc="where the adaptation is kept")
+    facts = traits.Dict(mandatory=True, desc="site, modality, scans, settings, model")
 
 
-class StoreVolume(TimedInterface):
-    """Keep one training volume in the work folder; its JSON comes last and marks the end."""
+class AdaptToSite(TimedInterface):
+    """Let a trained method learn from the scans of a site, and keep what it learned."""
 
     _always_run = True
-    input_spec = _StoreInput
+    input_spec = _AdaptInput
     output_spec = TimedOutputSpec
 
     def _run(self, cwd: Path) -> None:
-        stem = self.inputs.out_stem
-        scaled, affine = load(self.inputs.scaled_file)
-        mask = load_mask(self.inputs.mask_file)
-        save_nifti(np.where(mask, scaled, 0), affine, Path(f"{stem}_scaled.nii"))
-        save_nifti(mask, affine, Path(f"{stem}_mask.nii"), dtype=np.uint8)
-        facts = {
-            **self.inputs.facts,
-            "key": {**self.inputs.key, "InputSHA256": self.inputs.checksum},
-            "scale": dict(self.inputs.scale),
-        }
-        write_json(Path(f"{stem}.json"), facts)
+        from bids_harmony.interfaces.volumes import StoredVolumes
+        from bids_harmony.methods.adaptation import save_adaptation
+
+        method = _placed(self.inputs)
+        volumes = StoredVolumes([Path(stem) for stem in self.inputs.stems])
+        adaptation = method.adapt(volumes, seed=self.inputs.random_seed)
+        save_adaptation(Path(self.inputs.folder), adaptation, facts=dict(self.inputs.facts))
+
+
+def _placed(inputs: Any) -> Any:
+    """The method of the bundle that the run began with, on its device."""
+    from bids_harmony.methods.base import NeuralMethod
+    from bids_harmony.methods.bundle import load_bundle
+
+    bundle = load_bundle(Path(inputs.bundle))
+    if bundle.hash != inputs.bundle_hash:
+        raise HarmonyError(f"{inputs.bundle} changed while this run was using it; run again")
+    if isinstance(bundle.method, NeuralMethod):
+        bundle.method.place_on(inputs.device, inputs.num_threads)
+    return bundle.method

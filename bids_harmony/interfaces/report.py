@@ -67,6 +67,7 @@ class _RecordInput(BaseInterfaceInputSpec):
     scale = traits.Dict()
     output_scale = traits.Dict()
     details = traits.Dict()
+    adaptation = traits.Dict()
     method_warnings = traits.List(traits.Str)
     metrics = traits.List(traits.Dict)
     score_warnings = traits.List(traits.Str)
@@ -103,6 +104,7 @@ class Record(TimedInterface):
             "InputScale": self._given("scale"),
             "OutputScale": self._given("output_scale"),
             "Details": self._given("details") or {},
+            **({"Adaptation": learned} if (learned := self._given("adaptation")) else {}),
             "Metrics": [
                 {k: _finite(m[k]) for k in ("name", "before", "after", "unit")}
                 for m in self._given("metrics") or []
@@ -228,13 +230,16 @@ class ReportScan(TimedInterface):
     def _steps(self) -> list[Step]:
         record, seconds = self.inputs.record, self._given("seconds_by_step") or {}
         bias = record["BiasField"]
+        adapted = record.get("Adaptation", {"scope": "none"})
+        to = {"site": f", adapted to the site {adapted.get('site')}",
+              "scan": ", adapted to this scan"}.get(adapted["scope"], "")  # fmt: skip
         rows = (
             ("conform", "; ".join(record["Conform"]) or "nothing to mend", "nibabel"),
             ("mask", f"brain mask: {record['BrainMask']}", ""),
             ("bias", bias, "N4 (antspyx)"),
             ("registration", record["Registration"], "antspyx"),
             ("scale", f"{record['InputScale']['kind']} intensity scale", "bids_harmony"),
-            ("harmonize", f"{record['Method']} to {record['Reference']}", record["ModelName"]),
+            ("harmonize", f"{record['Method']} to {record['Reference']}{to}", record["ModelName"]),
             ("carry", "change carried to the raw grid", "bids_harmony"),
         )
         return [

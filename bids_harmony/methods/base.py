@@ -201,6 +201,11 @@ class NeuralMethod(Method):
     adapts: ClassVar[bool] = False
 
     @classmethod
+    def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
+        """The contract that holds while fitting with a preset; a preset may have its own grid."""
+        return cls.contract_for(modalities)
+
+    @classmethod
     @abstractmethod
     def fit(
         cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None

@@ -1,14 +1,15 @@
 """Model bundles: a fitted method as a folder that holds data only, nothing executable.
 
-``model.json`` (what and from where), ``weights.safetensors`` (the arrays), ``README.md`` (card).
+``model.json`` (what and from where), ``weights.safetensors`` (the arrays), ``README.md`` (card),
+and what else the training left to look at: tables and pictures, which nothing reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
 from bids_harmony._version import __version__
-from bids_harmony.errors import HarmonyError, MissingInputError, OutputError, UsageError
+from bids_harmony.errors import HarmonyError, MissingInputError, UsageError
 from bids_harmony.imaging.scale import IntensityScale
 from bids_harmony.methods.base import Contract, Method
+from bids_harmony.methods.folder import write_folder
 from bids_harmony.methods.registry import available, load
 
 SCHEMA_VERSION = 1
 MODEL, WEIGHTS, README = "model.json", "weights.safetensors", "README.md"
+PICTURES = (".png", ".svg")
+SAFE_SUFFIXES = (*PICTURES, ".csv", ".json", ".txt")
 _KEYS = ("schema_version", "method", "version", "contract", "params", "arrays", "weights", "meta")
 
 
@@ -58,7 +62,13 @@ class LoadedBundle:
         return _output_scale(self.meta)
 
 
-def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Path:
+def save_bundle(
+    folder: Path,
+    method: Method,
+    *,
+    meta: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write a bundle; equal input gives equal bytes.
 
     Parameters
@@ -71,6 +81,8 @@ def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Pat
         JSON-serialisable facts. Known keys: ``name``, ``reference_site``, ``training_sites``,
         ``training_subjects``, ``training_scans``, ``seed``, ``scores``, ``licence`` and
         ``output_scale`` (``{modality: IntensityScale.to_dict()}``).
+    files
+        Further files by name, such as training curves: plain names, suffixes `SAFE_SUFFIXES`.
 
     Returns
     -------
@@ -82,8 +94,10 @@ def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Pat
     OutputError
         If the folder exists and is not a bundle, or cannot be written.
     UsageError
-        If `meta` or the method's params are not finite JSON.
+        If `meta` or the method's params are not finite JSON, or a further file has a name that
+        is not safe.
     """
+    more = {name: _checked_file(name, content) for name, content in (files or {}).items()}
     arrays = {key: np.ascontiguousarray(value) for key, value in method.arrays().items()}
     weights = pack_arrays(arrays)
     content = {
@@ -101,13 +115,26 @@ def save_bundle(folder: Path, method: Method, *, meta: Mapping[str, Any]) -> Pat
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}: the bundle's description is not JSON: {error}") from error
     _output_scale(meta)
-    files = {
-        MODEL: text.encode(),
-        WEIGHTS: weights,
-        README: _model_card(method.name, method.contract, meta).encode(),
-    }
-    _write_folder(folder, files)
+    card = _model_card(method.name, method.contract, meta, sorted(more))
+    whole = {**more, MODEL: text.encode(), WEIGHTS: weights, README: card.encode()}
+    write_folder(folder, whole, what="model bundle", is_ours=is_bundle)
     return folder
+
+
+def _checked_file(name: str, content: bytes) -> bytes:
+    """Content of a further file, once its name is known to be safe."""
+    reserved = {known.lower() for known in (MODEL, WEIGHTS, README)}
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[a-z]+)", name)
+    if not plain or plain[1] not in SAFE_SUFFIXES or name.lower() in reserved:
+        raise UsageError(
+            f"{name!r} cannot be a file of a model bundle: letters, digits, _ and -, then one of "
+            + ", ".join(SAFE_SUFFIXES)
+        )
+    if not isinstance(content, bytes):
+        raise UsageError(
+            f"{name}: a file of a model bundle is bytes, not {type(content).__name__}"
+        )
+    return content
 
 
 def load_bundle(folder: Path) -> LoadedBundle:
@@ -136,6 +163,17 @@ def load_bundle(folder: Path) -> LoadedBundle:
     method = _rebuild(folder, content, arrays)
     digest = hashlib.sha256(text + weights).hexdigest()
     return LoadedBundle(method, content["meta"], digest, str(content["version"]))
+
+
+def bundle_method(folder: Path) -> str:
+    """Name of the method of a bundle, without loading it.
+
+    Raises
+    ------
+    MissingInputError, UsageError
+        As `load_bundle`.
+    """
+    return str(_parse(folder / MODEL, _read(folder / MODEL))["method"])
 
 
 def is_bundle(folder: Path) -> bool:
@@ -193,8 +231,9 @@ def _rebuild(folder: Path, content: dict[str, Any], arrays: dict[str, NDArray[An
             f"{folder / MODEL}: made by the method {name!r}, which is not installed "
             f"(installed: {', '.join(available())})"
         )
+    kind = load(name)
     try:
-        method = load(name).from_state(arrays, content["params"])
+        method = kind.from_state(arrays, content["params"])
         contract = asdict(method.contract)
     except (HarmonyError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(
@@ -208,31 +247,9 @@ def _rebuild(folder: Path, content: dict[str, Any], arrays: dict[str, NDArray[An
     return method
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put all files in place at once; an existing bundle is moved aside first, then removed."""
-    foreign = not folder.is_dir() or any(folder.iterdir())
-    if folder.exists() and not is_bundle(folder) and foreign:
-        raise OutputError(f"{folder}: exists and is not a model bundle; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            new, old = Path(scratch) / "new", Path(scratch) / "old"
-            new.mkdir()
-            for name, content in files.items():
-                (new / name).write_bytes(content)
-            if folder.exists():
-                folder.replace(old)
-            try:
-                new.replace(folder)
-            except OSError:
-                if old.exists():
-                    old.replace(folder)
-                raise
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write the model bundle ({error})") from error
-
-
-def _model_card(method: str, contract: Contract, meta: Mapping[str, Any]) -> str:
+def _model_card(
+    method: str, contract: Contract, meta: Mapping[str, Any], files: Sequence[str]
+) -> str:
     """Text of the bundle's README.md."""
     card = available().get(method)
     title = meta.get("name", method)
@@ -255,10 +272,17 @@ def _model_card(method: str, contract: Contract, meta: Mapping[str, Any]) -> str
         f"- {modality} output units: {scale.low:g} to {scale.high:g}"
         for modality, scale in sorted(_output_scale(meta).items())
     ]
+    if files:
+        lines += ["", "## Training", "", *map(_link, files)]
     if card:
         lines += ["", "## Citation", "", card.citation + (f" doi:{card.doi}" if card.doi else "")]
     lines += ["", "The model was not made for diagnosis.", ""]
     return "\n".join(lines)
+
+
+def _link(name: str) -> str:
+    """Picture, or link to a table, as Markdown."""
+    return f"![{name}]({name})\n" if name.endswith(PICTURES) else f"[{name}]({name})\n"
 
 
 def _plain(value: Any) -> str:

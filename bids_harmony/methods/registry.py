@@ -61,6 +61,14 @@ class MethodCard:
         ``stable`` or ``experimental``.
     citation, doi
         The paper.
+    adapts
+        Whether it can learn something from the scans of a site that training has not seen.
+    presets
+        Sizes of network and training to choose from, the default first; for neural methods.
+    needs
+        Python modules that are not installed with bids_harmony itself.
+    install
+        What to install when one of them is missing.
     """
 
     name: str
@@ -79,6 +87,10 @@ class MethodCard:
     status: str
     citation: str
     doi: str = ""
+    adapts: bool = False
+    presets: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    install: str = ""
 
 
 def read_card(text: str, source: str, *, target: str | None = None) -> MethodCard:
@@ -115,7 +127,12 @@ def read_card(text: str, source: str, *, target: str | None = None) -> MethodCar
     values = {key: _typed(value, known[key], f"{source}: {key}") for key, value in content.items()}
     if values["kind"] not in KINDS:
         raise UsageError(f"{source}: kind must be {' or '.join(KINDS)}, not {values['kind']!r}")
-    return MethodCard(**values)
+    card = MethodCard(**values)
+    if (card.kind == "neural") != bool(card.presets):
+        raise UsageError(f"{source}: presets are for neural methods, which have at least one")
+    if card.adapts and card.kind != "neural":
+        raise UsageError(f"{source}: only neural methods adapt to sites")
+    return card
 
 
 def _typed(value: Any, wanted: str, where: str) -> Any:
@@ -188,27 +205,52 @@ def _module_folder(module: str, owner: str) -> Path:
     raise UsageError(f"the package {owner} offers a method in {module}, which does not exist")
 
 
+def _card(name: str) -> MethodCard:
+    cards = available()
+    if name not in cards:
+        raise UsageError(f"no method is named {name!r}; choose from {', '.join(cards)}")
+    return cards[name]
+
+
 def load(name: str) -> type[Method]:
     """Import the class of a method.
 
     Raises
     ------
     UsageError
-        If no method has this name, its class cannot be imported or is not a `Method`.
+        If no method has this name, something it needs is not installed, its class cannot be
+        imported, is not a `Method` or not what the card says.
     """
-    cards = available()
-    if name not in cards:
-        raise UsageError(f"no method is named {name!r}; choose from {', '.join(cards)}")
-    module_name, _, attribute = cards[name].target.partition(":")
+    card = _card(name)
+    _require(card)
+    module_name, _, attribute = card.target.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"the method {name!r} cannot be loaded: {error}") from error
-    from bids_harmony.methods.base import Method  # numpy only when a method is wanted
+    from bids_harmony.methods.base import Method, NeuralMethod  # numpy only when wanted
 
     if not (isinstance(found, type) and issubclass(found, Method)) or found.name != name:
-        raise UsageError(f"{cards[name].target} is not a harmonization method named {name!r}")
+        raise UsageError(f"{card.target} is not a harmonization method named {name!r}")
+    is_so: tuple[bool, bool, tuple[str, ...]] = (False, False, ())
+    if issubclass(found, NeuralMethod):
+        is_so = (True, found.adapts, found.presets)
+    if is_so != (card.kind == "neural", card.adapts, card.presets):
+        raise UsageError(
+            f"{card.target} and its card differ in kind, adapts or presets; repair the card"
+        )
     return found
+
+
+def _require(card: MethodCard) -> None:
+    """See that what a method needs besides bids_harmony itself is installed; imports nothing."""
+    missing = [module for module in card.needs if util.find_spec(module) is None]
+    if missing:
+        cure = card.install or " ".join(missing)
+        raise UsageError(
+            f"the method {card.name!r} needs {', '.join(missing)}, not installed here: "
+            f"pip install '{cure}'"
+        )
 
 
 def methods_table() -> str:

@@ -166,6 +166,7 @@ def _plugin(engine: Engine, n_scans: int, callback: Callable[[Any, str], None]) 
         "status_callback": callback,
         "n_procs": resources.nprocs,
         "memory_gb": resources.mem_gb,
+        "n_gpu_procs": resources.omp_nthreads,  # one node at a time: its slots are its threads
         "raise_insufficient": False,
         "threads": resources.omp_nthreads,
         "random_seed": engine.seed,

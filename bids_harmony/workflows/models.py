@@ -7,15 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bids_harmony.config import DEFAULT_TEMPLATE
+from bids_harmony.config import DEFAULT_ADAPT, DEFAULT_METHOD, DEFAULT_TEMPLATE
 from bids_harmony.errors import MissingInputError, UsageError
 from bids_harmony.methods.base import NATIVE_GRID
-from bids_harmony.methods.bundle import is_bundle, load_bundle
+from bids_harmony.methods.bundle import bundle_method, is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 from bids_harmony.resources import pick_device
 from bids_harmony.workflows.settings import Target
 
-DEFAULT_METHOD = "nyul"
 _SHIPPED = Path(__file__).parent.parent / "data" / "models"
 
 
@@ -65,7 +64,7 @@ def choose_bundle(
             )
         return folder, f"fitted on {Path(reference).name} as --reference asks"
     if method is not None:
-        trained = [f for f in trained if load_bundle(f).method.name == method]
+        trained = [f for f in trained if bundle_method(f) == method]
     if len(trained) == 1:
         return trained[0], "the only bundle of OUT_DIR/models" + (f" for {method}" * bool(method))
     if len(trained) > 1:
@@ -99,8 +98,16 @@ def _bundles(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and is_bundle(f))
 
 
-def load_target(folder: Path, why: str, *, method: str | None, device: str) -> Target:
+def load_target(
+    folder: Path, why: str, *, method: str | None, device: str, adapt: str | None = None
+) -> Target:
     """Read a bundle as a `Target`.
+
+    Parameters
+    ----------
+    adapt
+        ``site``, ``scan``, ``none``, or None for the default; no matter to methods that do not
+        adapt.
 
     Raises
     ------
@@ -131,6 +138,9 @@ def load_target(folder: Path, why: str, *, method: str | None, device: str) -> T
         output_scale={k: v.to_dict() for k, v in bundle.output_scale.items()},
         reference_quantiles=dict(bundle.meta.get("reference_quantiles", {})),
         device=pick_device(device, card.devices)[0],
+        memory_gb=card.memory_gb if card.kind == "neural" else 0.0,
+        training_sites=tuple(bundle.meta.get("training_sites", ())),
+        adapt=(adapt or DEFAULT_ADAPT) if card.adapts else "",
     )
 
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from nipype.pipeline.engine import Workflow
 
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
-from bids_harmony.workflows.engine import Engine
 from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
 from bids_harmony.workflows.scan import init_scan_wf
-from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
+from bids_harmony.workflows.settings import Job, Target, scan_settings
 
 
 def split_done(
-    scans: Sequence[Scan],
-    *,
-    prep: Preprocessing,
-    target: Target | None,
-    place: Place,
-    folders: Mapping[str, Path],
+    scans: Sequence[Scan], target: Target | None, job: Job
 ) -> tuple[dict[str, Precomputed], list[Scan], list[Scan]]:
     """Which scans an earlier run has finished with the same settings.
 
@@ -37,29 +30,25 @@ def split_done(
     todo: list[Scan] = []
     done: list[Scan] = []
     for scan in scans:
-        found = find_given(scan, folders, prep, place.out_dir)
+        found = find_given(scan, job.folders, job.prep, job.place.out_dir)
         given[scan.stem] = found
         if target is None:
-            finished = is_preprocessed(scan, prep, place.out_dir)
+            finished = is_preprocessed(scan, job.prep, job.place.out_dir)
         else:
-            finished = is_done(scan, place, scan_settings(scan, prep, target, place, found))
+            settings = scan_settings(scan, job.prep, target, job.place, found)
+            finished = is_done(scan, job.place, settings)
         (done if finished else todo).append(scan)
     return given, todo, done
 
 
 def harmonize_scans(
     scans: Sequence[Scan],
-    *,
-    prep: Preprocessing,
     target: Target | None,
-    place: Place,
-    folders: Mapping[str, Path],
-    engine: Engine,
-    clean: bool,
+    job: Job,
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Harmonize (or, without a target, only preprocess) every scan that is not done yet."""
-    given, todo, done = split_done(scans, prep=prep, target=target, place=place, folders=folders)
+    given, todo, done = split_done(scans, target, job)
     outcomes = [Outcome(s.stem, s.subject, "skipped", "done by an earlier run") for s in done]
     for outcome in outcomes:
         on_outcome(outcome)
@@ -67,9 +56,9 @@ def harmonize_scans(
     def build(scan: Scan) -> Workflow:
         return init_scan_wf(
             scan=scan,
-            prep=prep,
+            prep=job.prep,
             target=target,
-            place=place,
+            place=job.place,
             given=given[scan.stem],
             gigabytes=gigabytes(scan.path),
         )
@@ -78,16 +67,17 @@ def harmonize_scans(
     return outcomes + run_scans(
         todo,
         build,
-        engine,
+        job.engine,
         status="preprocessed" if target is None else "harmonized",
         last_nodes=frozenset(last),
-        clean=clean,
+        clean=job.clean,
         on_outcome=on_outcome,
-        label=_label(prep, target, place),
+        label=_label(target, job),
     )
 
 
-def _label(prep: Preprocessing, target: Target | None, place: Place) -> str:
+def _label(target: Target | None, job: Job) -> str:
     """Short checksum of what tells this run's work files from another's."""
-    parts = [prep.fingerprint, target.hash if target else "", str(place.out_dir), place.desc]
+    model = [target.hash, target.adapt] if target else []
+    parts = [job.prep.fingerprint, model, str(job.place.out_dir), job.place.desc]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

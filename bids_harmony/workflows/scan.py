@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nipype.interfaces.utility import IdentityInterface, Merge
 from nipype.pipeline.engine import Node, Workflow
 
@@ -22,6 +24,18 @@ def workflow_name(scan: Scan) -> str:
     return scan.stem.replace("-", "").replace("+", "__") + "_wf"
 
 
+def model_inputs(target: Target, prep: Preprocessing) -> dict[str, Any]:
+    """Inputs of every node that runs a model."""
+    return {
+        "bundle": str(target.bundle),
+        "bundle_hash": target.hash,
+        "random_seed": prep.seed,
+        "device": target.device,
+        "num_threads": prep.threads,
+        "use_gpu": target.device != "cpu",
+    }
+
+
 def init_harmonize_wf(
     *,
     scan: Scan,
@@ -33,7 +47,8 @@ def init_harmonize_wf(
     """Method on its own grid, and its change carried to the raw grid.
 
     Inputs: ``conformed_file, scaled_file, mask_file, transform_file``; outputs: ``native_file``
-    (reference domain's units), ``native_scaled_file``, ``details``, ``warnings`` and durations.
+    (reference domain's units), ``native_scaled_file``, ``details``, ``adaptation``,
+    ``warnings`` and durations.
     """
     workflow = Workflow(name=name)
     inputnode = Node(
@@ -42,23 +57,26 @@ def init_harmonize_wf(
     )
     outputnode = Node(
         IdentityInterface(
-            fields=["native_file", "native_scaled_file", "details", "warnings",
+            fields=["native_file", "native_scaled_file", "details", "adaptation", "warnings",
                     "harmonize_seconds", "carry_seconds"]
         ),
         name="outputnode",
     )  # fmt: skip
+    adapt = target.adapt_to(scan.site, scan.suffix)
     harmonize = Node(
         Harmonize(
-            bundle=str(target.bundle),
-            bundle_hash=target.hash,
+            **model_inputs(target, prep),
             modality=scan.suffix,
             site=scan.site,
             name=scan.stem,
-            random_seed=prep.seed,
+            adapt=adapt.scope,
+            adapt_why=adapt.why,
+            adaptation=adapt.folder,
+            adaptation_hash=adapt.hash,
         ),
         name="harmonize",
         n_procs=prep.threads,
-        mem_gb=gigabytes,
+        mem_gb=gigabytes + target.memory_gb,
     )
     change = Node(Change(resampled=not target.native_grid), name="change", mem_gb=gigabytes)
     carry = Node(
@@ -74,7 +92,8 @@ def init_harmonize_wf(
             ("mask_file", "mask_file"),
         ]),
         (harmonize, outputnode, [
-            ("details", "details"), ("warnings", "warnings"), ("seconds", "harmonize_seconds"),
+            ("details", "details"), ("adaptation", "adaptation"), ("warnings", "warnings"),
+            ("seconds", "harmonize_seconds"),
         ]),
         (carry, outputnode, [
             ("out_file", "native_file"), ("scaled_file", "native_scaled_file"),
@@ -195,7 +214,8 @@ def _connect_record(
         (harmonize_wf, score, [("outputnode.native_scaled_file", "after_file")]),
         (preprocess_wf, record, passed),
         (harmonize_wf, record, [
-            ("outputnode.details", "details"), ("outputnode.warnings", "method_warnings"),
+            ("outputnode.details", "details"), ("outputnode.adaptation", "adaptation"),
+            ("outputnode.warnings", "method_warnings"),
             ("outputnode.harmonize_seconds", "harmonize_seconds"),
             ("outputnode.carry_seconds", "carry_seconds"),
         ]),

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.derivatives import Precomputed
-from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.scan import UNKNOWN_SITE, Scan
 from bids_harmony.imaging.templates import OutputSpace
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NATIVE_GRID, Contract
+from bids_harmony.workflows.engine import Engine
 
 EARLIER_RUN = "earlier run of bids_harmony"
 
@@ -60,6 +61,31 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class AdaptTo:
+    """What a trained method is adapted to before it harmonizes a scan.
+
+    Attributes
+    ----------
+    scope
+        ``site``: the adaptation in `folder`; ``scan``: the scan itself; ``none``.
+    why
+        In words; empty for methods that do not adapt.
+    folder, hash
+        Stored adaptation of the site and its checksum; empty before it was made.
+    """
+
+    scope: Literal["none", "site", "scan"] = "none"
+    why: str = ""
+    folder: str = ""
+    hash: str = ""
+
+    @property
+    def key(self) -> str:
+        """What decides the voxels."""
+        return f"{self.scope} {self.hash}".strip()
+
+
+@dataclass(frozen=True)
 class Target:
     """The fitted method and the reference domain it leads to.
 
@@ -81,6 +107,14 @@ class Target:
         Per modality: scale of the reference domain (as a dict), and its in-brain quantiles.
     device
         Where the method runs.
+    memory_gb
+        Memory that the method needs beside the scan.
+    training_sites
+        Sites that training has seen.
+    adapt
+        ``site``, ``scan`` or ``none`` as asked for; empty for methods that do not adapt.
+    adaptations
+        Stored adaptation by (site, modality).
     """
 
     method: str
@@ -96,6 +130,25 @@ class Target:
     reference_quantiles: Mapping[str, list[float]]
     grid_file: Path | None = None
     device: str = "cpu"
+    memory_gb: float = 0.0
+    training_sites: tuple[str, ...] = ()
+    adapt: str = ""
+    adaptations: Mapping[tuple[str, str], AdaptTo] = field(default_factory=dict)
+
+    def adapt_to(self, site: str, modality: str) -> AdaptTo:
+        """What the method is adapted to for the scans of a site."""
+        if not self.adapt:
+            return AdaptTo()
+        if self.adapt == "none":
+            return AdaptTo("none", "asked for with --adapt none")
+        if self.adapt == "scan":
+            return AdaptTo("scan", "asked for with --adapt scan")
+        if site == UNKNOWN_SITE:
+            return AdaptTo("scan", "the site of the scan is unknown")
+        if site in self.training_sites:
+            return AdaptTo("none", "training has seen the site")
+        made = AdaptTo("site", "training has not seen the site")
+        return self.adaptations.get((site, modality), made)
 
     @property
     def native_grid(self) -> bool:
@@ -125,10 +178,34 @@ class Place:
     space_files: Mapping[tuple[str, str], Path] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the scans of a run have in common.
+
+    Attributes
+    ----------
+    prep, place
+        How they are preprocessed, and where things lie.
+    folders
+        Derivatives that the user named.
+    engine
+        What runs the graphs.
+    clean
+        Remove work files as soon as they are not needed.
+    """
+
+    prep: Preprocessing
+    place: Place
+    folders: Mapping[str, Path]
+    engine: Engine
+    clean: bool
+
+
 def scan_settings(
     scan: Scan, prep: Preprocessing, target: Target, place: Place, given: Precomputed
 ) -> dict[str, Any]:
     """What decides a harmonized scan's voxels; it opens the sidecar's record."""
+    adapt = target.adapt_to(scan.site, scan.suffix)
     theirs = given.to_template and given.sources.get("to_template") != EARLIER_RUN
     return {
         **prep.fingerprint,
@@ -138,6 +215,7 @@ def scan_settings(
         "ModelChoice": target.why,
         "Reference": target.reference,
         "Device": target.device,
+        **({"Adapt": adapt.key} if target.adapt else {}),
         "Site": scan.site,
         "SiteSource": scan.site_source,
         "GivenMask": "" if own_mask(given, place.out_dir) else _named(given, "mask", given.mask),

@@ -4,66 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import nibabel as nb
 import numpy as np
-from nipype.pipeline.engine import Node, Workflow
 
-from bids_harmony.bids.derivatives import Precomputed
+from bids_harmony._version import __version__
 from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import NothingSelectedError, UsageError
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import IntensityScale, median_scale
-from bids_harmony.interfaces.ants import ApplyTransform
-from bids_harmony.interfaces.files import load, load_mask, sha256
-from bids_harmony.interfaces.harmonize import StoreVolume
-from bids_harmony.methods.base import NATIVE_GRID, Contract, Method, Volume
+from bids_harmony.interfaces.files import sha256
+from bids_harmony.interfaces.volumes import StoredVolumes
+from bids_harmony.methods.base import Contract, Method, NeuralMethod, Training
 from bids_harmony.methods.bundle import save_bundle
 from bids_harmony.methods.registry import load as load_method
-from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
-from bids_harmony.workflows.engine import Engine
+from bids_harmony.workflows.cohort import Outcome
+from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.models import reference_words
-from bids_harmony.workflows.preprocess import init_preprocess_wf
-from bids_harmony.workflows.reuse import find_given
-from bids_harmony.workflows.scan import workflow_name
-from bids_harmony.workflows.settings import Place, Preprocessing, given_files
+from bids_harmony.workflows.settings import Job, Preprocessing
+from bids_harmony.workflows.volumes import store_volumes
 
 _QUANTILES = 2001
 
 
-class StoredVolumes(Sequence[Volume]):
-    """Training volumes on disk, each read when it is asked for."""
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted on what.
 
-    def __init__(self, stems: Sequence[Path]) -> None:
-        self._stems = list(stems)
-        self.facts = [json.loads(Path(f"{s}.json").read_text()) for s in self._stems]
+    Attributes
+    ----------
+    method, name
+        Of the method and of the bundle.
+    reference
+        Site or scan, as the user named it.
+    grid_file
+        Template image on the contract's grid; None on the native grid.
+    training
+        For neural methods; its folder is found here.
+    """
 
-    def __len__(self) -> int:
-        return len(self._stems)
+    method: str
+    name: str
+    reference: str
+    grid_file: Path | None = None
+    training: Training = field(default_factory=Training)
 
-    @overload
-    def __getitem__(self, index: int) -> Volume: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
-    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
-        if isinstance(index, slice):
-            return StoredVolumes(self._stems[index])
-        stem, facts = self._stems[index], self.facts[index]
-        data, affine = load(f"{stem}_scaled.nii")
-        zooms = nb.affines.voxel_sizes(affine)
-        return Volume(
-            data=data,
-            mask=load_mask(f"{stem}_mask.nii"),
-            modality=facts["modality"],
-            spacing=(float(zooms[0]), float(zooms[1]), float(zooms[2])),
-            site=facts["site"],
-            name=facts["name"],
-            subject=facts["subject"],
-        )
+
+def contract_while_fitting(kind: type[Method], modalities: Sequence[str], preset: str) -> Contract:
+    """What a method wants to be given for training; `preset` matters to neural methods."""
+    if issubclass(kind, NeuralMethod):
+        return kind.contract_for_preset(modalities, preset)
+    return kind.contract_for(modalities)
 
 
 def training_scans(scans: Sequence[Scan], reference: str) -> list[Scan]:
@@ -86,18 +81,7 @@ def training_scans(scans: Sequence[Scan], reference: str) -> list[Scan]:
 
 
 def fit_reference(
-    scans: Sequence[Scan],
-    *,
-    method: str,
-    name: str,
-    reference: str,
-    prep: Preprocessing,
-    place: Place,
-    grid_file: Path | None,
-    folders: Mapping[str, Path],
-    engine: Engine,
-    clean: bool,
-    on_outcome: Callable[[Outcome], None],
+    scans: Sequence[Scan], fit: Fit, job: Job, on_outcome: Callable[[Outcome], None]
 ) -> tuple[Path, list[Outcome]]:
     """Fit a method on scans of the reference domain and write its bundle below OUT_DIR/models.
 
@@ -113,133 +97,46 @@ def fit_reference(
     UsageError
         If no scan is left to learn from.
     """
-    kind = load_method(method)
-    contract = kind.contract_for(sorted({s.suffix for s in scans}))
-    stems, outcomes = _volumes(
-        scans, contract, prep, place, grid_file, folders, engine, clean, on_outcome
-    )
+    kind = load_method(fit.method)
+    modalities = sorted({s.suffix for s in scans})
+    contract = contract_while_fitting(kind, modalities, fit.training.preset)
+    stems, outcomes = store_volumes(scans, contract, fit.grid_file, job, on_outcome)
     if not stems:
-        raise UsageError(f"--reference {reference}: none of its {len(scans)} scans can be used")
+        raise UsageError(
+            f"--reference {fit.reference}: none of its {len(scans)} scans can be used"
+        )
     volumes = StoredVolumes(stems)
-    model = kind.fit(volumes, seed=prep.seed)
-    folder = place.out_dir / "models" / name
-    save_bundle(folder, model, meta=_meta(model, volumes, name, reference, prep))
+    meta = _meta(volumes, fit, job.prep)
+    folder = job.place.out_dir / "models" / fit.name
+    if not issubclass(kind, NeuralMethod):
+        return save_bundle(folder, kind.fit(volumes, seed=job.prep.seed), meta=meta), outcomes
+    scratch = job.place.work_dir / "training" / _training_key(fit, stems, job.prep)
+    with one_at_a_time(scratch.parent, scratch.name):
+        scratch.mkdir(parents=True, exist_ok=True)
+        training = replace(fit.training, folder=scratch)
+        model = kind.fit(volumes, seed=job.prep.seed, training=training)
+        meta["scores"] |= model.scores()
+        meta["training"] = {"preset": training.preset, "device": training.device}
+        save_bundle(folder, model, meta=meta, files=model.files())
+        if job.clean:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder, outcomes
 
 
-def _volumes(
-    scans: Sequence[Scan],
-    contract: Contract,
-    prep: Preprocessing,
-    place: Place,
-    grid_file: Path | None,
-    folders: Mapping[str, Path],
-    engine: Engine,
-    clean: bool,
-    on_outcome: Callable[[Outcome], None],
-) -> tuple[list[Path], list[Outcome]]:
-    """Preprocess the scans whose volume is not in the work folder yet."""
-    key = {
-        **prep.fingerprint,
-        "Grid": [contract.grid, contract.resolution],
-        "Scale": contract.scale,
-    }
-    label = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    folder = place.work_dir / "volumes" / label
-    folder.mkdir(parents=True, exist_ok=True)
-    given = {s.stem: find_given(s, folders, prep, place.out_dir) for s in scans}
-    keys = {
-        s.stem: {**key, "Site": s.site, "Given": given_files(given[s.stem], place.out_dir)}
-        for s in scans
-    }
-    todo = [s for s in scans if not _is_stored(folder / s.stem, s, keys[s.stem])]
+def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing) -> str:
+    """Checksum of all that decides a training: one that was killed goes on under the same key.
 
-    def build(scan: Scan) -> Workflow:
-        return _init_volume_wf(
-            scan=scan, prep=prep, place=place, contract=contract, grid_file=grid_file,
-            given=given[scan.stem], stem=folder / scan.stem, key=keys[scan.stem],
-        )  # fmt: skip
-
-    outcomes = run_scans(
-        todo,
-        build,
-        engine,
-        status="preprocessed",
-        last_nodes=frozenset({"store", "write_preprocessed"}),
-        clean=clean,
-        on_outcome=on_outcome,
-        label=f"train_{label}",
-    )
-    return [
-        folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])
-    ], outcomes
+    The time limit, the device and the number of threads may change on the way.
+    """
+    parts = [
+        [sha256(f"{stem}{end}") for end in ("_scaled.nii", "_mask.nii", ".json")] for stem in stems
+    ]
+    words = [fit.method, fit.training.preset, prep.seed, __version__, parts]
+    digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+    return f"{fit.method}-{digest}"
 
 
-def _is_stored(stem: Path, scan: Scan, key: Mapping[str, Any]) -> bool:
-    try:
-        facts = json.loads(Path(f"{stem}.json").read_text())
-        return bool(facts["key"] == {**key, "InputSHA256": sha256(scan.path)})
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _init_volume_wf(
-    *,
-    scan: Scan,
-    prep: Preprocessing,
-    place: Place,
-    contract: Contract,
-    grid_file: Path | None,
-    given: Precomputed,
-    stem: Path,
-    key: dict[str, Any],
-) -> Workflow:
-    """Preprocessing of one training scan, and its volume on the model's grid."""
-    size = gigabytes(scan.path)
-    workflow = Workflow(name=workflow_name(scan))
-    preprocess_wf = init_preprocess_wf(
-        scan=scan,
-        prep=prep,
-        place=place,
-        given=given,
-        scale_kind=contract.scale,
-        gigabytes=size,
-        leave_out=("to_template",),
-    )
-    facts = {"modality": scan.suffix, "site": scan.site, "name": scan.stem}
-    facts["subject"] = scan.subject
-    store = Node(StoreVolume(out_stem=str(stem), key=key, facts=facts), name="store", mem_gb=size)
-    workflow.connect([
-        (preprocess_wf, store, [("outputnode.scale", "scale"),
-                                ("outputnode.checksum", "checksum")]),
-    ])  # fmt: skip
-    for field, interpolation in (("scaled_file", "linear"), ("mask_file", "nearestNeighbor")):
-        if contract.grid == NATIVE_GRID:
-            workflow.connect(preprocess_wf, f"outputnode.{field}", store, field)
-            continue
-        to_grid = Node(
-            ApplyTransform(
-                reference_file=str(grid_file),
-                interpolation=interpolation,
-                num_threads=prep.threads,
-                random_seed=prep.seed,
-            ),
-            name=f"{field}_to_grid",
-            n_procs=prep.threads,
-            mem_gb=size,
-        )
-        workflow.connect([
-            (preprocess_wf, to_grid, [
-                (f"outputnode.{field}", "in_file"), ("outputnode.transform_file", "transforms"),
-            ]),
-            (to_grid, store, [("out_file", field)]),
-        ])  # fmt: skip
-    return workflow
-
-
-def _meta(
-    model: Method, volumes: StoredVolumes, name: str, reference: str, prep: Preprocessing
-) -> dict[str, Any]:
+def _meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dict[str, Any]:
     """What the bundle says of itself, and the reference domain's scale and quantiles."""
     probability = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     curves: dict[str, list[Any]] = {}
@@ -254,8 +151,8 @@ def _meta(
         for m in means
     }
     return {
-        "name": name,
-        "reference": reference_words(reference),
+        "name": fit.name,
+        "reference": reference_words(fit.reference),
         "training_sites": sorted({f["site"] for f in volumes.facts}),
         "training_subjects": sorted({f["subject"] for f in volumes.facts}),
         "training_scans": {m: len(c) for m, c in curves.items()},
@@ -265,18 +162,3 @@ def _meta(
         "output_scale": {m: median_scale(s).to_dict() for m, s in scales.items()},
         "reference_quantiles": {m: np.round(q, 6).tolist() for m, q in means.items()},
     }
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let concurrent jobs fit a bundle in turn where the file system has locks.
-
-    Without locks they fit at the same time and write the same bundle.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
-        with suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,90 @@
+"""Refuse settings that contradict each other before anything is read."""
+
+from __future__ import annotations
+
+import re
+
+from bids_harmony.config import ADAPTED, DEFAULT_METHOD, Config
+from bids_harmony.errors import UsageError
+from bids_harmony.methods.registry import available
+
+
+def checked(config: Config) -> Config:
+    """The settings, if they can work.
+
+    Raises
+    ------
+    UsageError
+        If options contradict each other.
+    """
+    if config.out_dir == config.bids_dir:
+        raise UsageError(
+            f"OUT_DIR is the raw data set {config.bids_dir}, which is only read; "
+            f"write for example to {config.bids_dir / 'derivatives' / 'bids_harmony'}"
+        )
+    if (
+        config.bids_dir in config.out_dir.parents
+        and config.out_dir.relative_to(config.bids_dir).parts[0] != "derivatives"
+    ):
+        raise UsageError(
+            f"OUT_DIR {config.out_dir} lies inside the raw data set, which is only read; "
+            f"only {config.bids_dir / 'derivatives'} may be written there"
+        )
+    if config.work_dir == config.bids_dir or config.bids_dir in config.work_dir.parents:
+        raise UsageError(
+            f"the work folder {config.work_dir} lies inside the data set; name another with -w"
+        )
+    if config.work_dir == config.out_dir:
+        raise UsageError(f"the work folder is OUT_DIR {config.out_dir}; name another with -w")
+    if not (config.desc.isascii() and config.desc.replace("+", "").isalnum()):
+        raise UsageError(f"--desc {config.desc!r}: only letters, digits and + are allowed")
+    (_check_train if config.analysis_level == "train" else _check_participant)(config)
+    return config
+
+
+def _check_train(config: Config) -> None:
+    if not config.reference:
+        raise UsageError("train needs --reference SITE (or one scan)")
+    if config.model:
+        raise UsageError("--model is read by participant; train writes one: use --name")
+    if config.reports_only or config.boilerplate_only or config.level != "full":
+        raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
+    if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", config.name):
+        raise UsageError(f"--name {config.name!r}: only letters, digits and . _ + - are allowed")
+    if config.name == ADAPTED:
+        raise UsageError(f"--name {ADAPTED} is where adaptations to sites are kept; name another")
+    if config.adapt or config.adapt_scans:
+        raise UsageError("--adapt and --adapt-scans are for participant")
+    _check_training(config)
+
+
+def _check_training(config: Config) -> None:
+    card = available()[config.method or DEFAULT_METHOD]
+    if card.kind != "neural" and (config.preset or config.max_time):
+        raise UsageError(
+            f"--preset and --max-time are for neural methods; {card.name} is fitted in one step"
+        )
+    if config.preset and config.preset not in card.presets:
+        raise UsageError(
+            f"--preset {config.preset}: {card.name} has {', '.join(card.presets)} only"
+        )
+
+
+def _check_participant(config: Config) -> None:
+    if config.name:
+        raise UsageError("--name is for train; participant takes --model")
+    if config.preset or config.max_time:
+        raise UsageError("--preset and --max-time are for train")
+    if config.adapt_scans and config.adapt in ("scan", "none"):
+        raise UsageError(f"--adapt-scans is for --adapt site, not --adapt {config.adapt}")
+    if config.model and config.reference:
+        raise UsageError("--model has a reference of its own; give --model or --reference")
+    if config.level == "full":
+        return
+    if config.method or config.model or config.reference or config.adapt or config.adapt_scans:
+        raise UsageError(
+            "--level minimal harmonizes nothing; leave out --method, --model, --reference and "
+            "--adapt"
+        )
+    if config.reports_only or config.boilerplate_only:
+        raise UsageError("--level minimal writes no report; leave it out")

@@ -1,0 +1,84 @@
+"""Volumes on a model's grid, kept in the work folder for training and adaptation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import nibabel as nb
+import numpy as np
+
+from bids_harmony.bids.write import save_nifti, write_json
+from bids_harmony.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    TimedInterface,
+    TimedOutputSpec,
+    traits,
+)
+from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.methods.base import Volume
+
+
+class StoredVolumes(Sequence[Volume]):
+    """Volumes on disk, each read when it is asked for."""
+
+    def __init__(self, stems: Sequence[Path]) -> None:
+        self._stems = list(stems)
+        self.facts = [json.loads(Path(f"{s}.json").read_text()) for s in self._stems]
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    @overload
+    def __getitem__(self, index: int) -> Volume: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
+    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
+        if isinstance(index, slice):
+            return StoredVolumes(self._stems[index])
+        stem, facts = self._stems[index], self.facts[index]
+        data, affine = load(f"{stem}_scaled.nii")
+        zooms = nb.affines.voxel_sizes(affine)
+        return Volume(
+            data=data,
+            mask=load_mask(f"{stem}_mask.nii"),
+            modality=facts["modality"],
+            spacing=(float(zooms[0]), float(zooms[1]), float(zooms[2])),
+            site=facts["site"],
+            name=facts["name"],
+            subject=facts["subject"],
+        )
+
+
+class _StoreInput(BaseInterfaceInputSpec):
+    scaled_file = File(exists=True, mandatory=True, desc="scaled scan on the model's grid")
+    mask_file = File(exists=True, mandatory=True, desc="brain mask on the same grid")
+    scale = traits.Dict(mandatory=True)
+    out_stem = traits.Str(mandatory=True, desc="path without extension")
+    key = traits.Dict(mandatory=True, desc="what makes the volume reusable")
+    checksum = traits.Str("", usedefault=True)
+    facts = traits.Dict(mandatory=True, desc="modality, site, name")
+
+
+class StoreVolume(TimedInterface):
+    """Keep one volume in the work folder; its JSON comes last and marks the end."""
+
+    _always_run = True
+    input_spec = _StoreInput
+    output_spec = TimedOutputSpec
+
+    def _run(self, cwd: Path) -> None:
+        stem = self.inputs.out_stem
+        scaled, affine = load(self.inputs.scaled_file)
+        mask = load_mask(self.inputs.mask_file)
+        save_nifti(np.where(mask, scaled, 0), affine, Path(f"{stem}_scaled.nii"))
+        save_nifti(mask, affine, Path(f"{stem}_mask.nii"), dtype=np.uint8)
+        facts = {
+            **self.inputs.facts,
+            "key": {**self.inputs.key, "InputSHA256": self.inputs.checksum},
+            "scale": dict(self.inputs.scale),
+        }
+        write_json(Path(f"{stem}.json"), facts)

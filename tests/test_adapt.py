@@ -1,0 +1,265 @@
+"""Adaptation to sites that training has not seen: once per site, the same for every job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_neural
+from conftest import DataSet, Ran, call, give_transform, quick
+
+from bids_harmony.interfaces.files import load
+from bids_harmony.methods.adaptation import load_adaptation
+
+TWO = ["--adapt-scans", "2"]
+
+
+class Cohort:
+    """Site A to train on; four scans of site B, one of them broken; one scan of no site."""
+
+    def __init__(self, folder, brains):
+        self.folder, self.log_file = folder, folder / "tiny.log"
+        self.log_file.touch()
+        self.raw = DataSet(folder / "raw")
+        for number, sub in enumerate(("a1", "b1", "b2", "b3", "b4", "x1")):
+            brain = brains.brain("A" if sub[0] == "a" else "B", number)
+            self.raw.scan(sub, *brain, sidecar=sub != "x1")
+            if sub != "x1":
+                self.raw.site(sub, sub[0].upper())
+        data, affine = brains.brain("B", 3)
+        self.raw.scan("b2", np.full_like(data, 3), affine)
+        for path in self.raw.root.rglob("*_T1w.nii.gz"):
+            give_transform(folder / "theirs", path)
+        self.options = quick(folder / "work", folder / "theirs")
+        ran = self.run("train", "model", "--method", "tiny", "--reference", "A")
+        assert ran.code == 0, ran.out + ran.err
+        self.model = folder / "model" / "models" / "tiny-A"
+        self.log()
+
+    def run(self, level, out, *options) -> Ran:
+        return call(self.raw.root, self.folder / out, level, *self.options, *options)
+
+    def participant(self, out, *labels, more=(), count=TWO) -> Ran:
+        """A participant run that goes well, of a job's participants."""
+        which = ["--participant-label", *labels, *count]
+        ran = self.run("participant", out, "--model", self.model, *which, *more)
+        assert ran.code == 0, ran.out + ran.err
+        return ran
+
+    def log(self) -> list[str]:
+        """What the method noted since the last call."""
+        found = self.log_file.read_text().splitlines()
+        self.log_file.write_text("")
+        return found
+
+    def image(self, out, sub, desc="harmonized"):
+        anat = self.folder / out / f"sub-{sub}" / "anat"
+        return anat / f"sub-{sub}_desc-{desc}_T1w.nii.gz"
+
+    def record(self, out, sub, desc="harmonized"):
+        path = self.image(out, sub, desc)
+        text = path.with_name(path.name.replace(".nii.gz", ".json")).read_text()
+        return json.loads(text)["Harmonization"]
+
+    def stored(self, out):
+        return sorted((self.folder / out).glob("models/adapted/*/*/adaptation.json"))
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory, brains):
+    folder = tmp_path_factory.mktemp("adapt")
+    root = str(tiny_neural.install(folder / "site"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        patch.setenv("TINY_LOG", str(folder / "tiny.log"))
+        yield Cohort(folder, brains)
+    for name in [name for name in sys.modules if name.startswith("tiny_plugin")]:
+        del sys.modules[name]
+
+
+FIRST = [f"sub-{sub}_T1w" for sub in ("b1", "b3")]  # b2 is broken
+
+
+@pytest.fixture(scope="module")
+def job(cohort):
+    """One participant of an array, who is not among the scans that are adapted to."""
+    ran = cohort.participant("out", "b4")
+    ran.log = cohort.log()
+    return ran
+
+
+def test_a_job_adapts_to_the_first_scans_of_the_site(cohort, job):
+    assert job.log == ["adapt " + " ".join(FIRST)]
+    assert "adapting tiny-A to site B (T1w) first" in job.out
+    assert "sub-b2_T1w: refused" in job.out
+    assert ": harmonized" in job.out
+    (path,) = cohort.stored("out")
+    model = json.loads((cohort.model / "model.json").read_text())
+    assert model["method"] == "tiny"
+    record = cohort.record("out", "b4")
+    assert path.parent.parent.name == f"tiny-A-{record['ModelHash'][:12]}"
+    assert path.parent.name.startswith("B_T1w-")
+    stored = load_adaptation(path.parent)
+    assert record["Adapt"] == f"site {stored.hash}"
+    assert record["Adaptation"] == {
+        "scope": "site",
+        "reason": "training has not seen the site",
+        "site": "B",
+        "hash": stored.hash,
+        "scans": [f"sub-{s[4:6]}/anat/{s}.nii.gz" for s in FIRST],
+        "bpd_before": 3.0,
+        "bpd_after": 2.5,
+        "steps": 7,
+        "stop_reason": "converged",
+    }
+    assert record["Details"]["gain"] == stored.adaptation.arrays["gain"][0] != 1
+    page = (cohort.folder / "out" / "sub-b4.html").read_text()
+    assert "adapted to the site B" in page
+
+
+def test_the_site_comes_closer(cohort, job):
+    reference = load(cohort.raw.path("a1"))[0]
+    image = load(cohort.image("out", "b4"))[0]
+    medians = [np.median(v[v > 0]) for v in (reference, image)]
+    assert medians[1] == pytest.approx(medians[0], rel=0.1)
+
+
+def test_other_jobs_reuse_it_and_the_same_job_skips(cohort, job):
+    before = cohort.stored("out")[0].stat().st_mtime_ns
+    ran = cohort.participant("out", "b1", "b4")
+    assert cohort.log() == []
+    assert "adapting" not in ran.out
+    assert "skipped: done by an earlier run" in ran.line("sub-b4_T1w")
+    assert ": harmonized" in ran.line("sub-b1_T1w")
+    assert cohort.record("out", "b1")["Adapt"] == cohort.record("out", "b4")["Adapt"]
+    assert cohort.stored("out")[0].stat().st_mtime_ns == before
+
+
+def test_jobs_of_one_participant_and_one_run_of_all_give_the_same_voxels(cohort, job):
+    ran = cohort.run("participant", "whole", "--model", cohort.model, *TWO)
+    assert ran.code == 65  # b2
+    assert cohort.log()[0] == "adapt " + " ".join(FIRST)
+    np.testing.assert_array_equal(
+        load(cohort.image("whole", "b4"))[0], load(cohort.image("out", "b4"))[0]
+    )
+    assert cohort.record("whole", "b4") == cohort.record("out", "b4")
+    assert cohort.record("whole", "a1")["Adaptation"]["reason"] == "training has seen the site"
+    assert cohort.record("whole", "a1")["Details"]["gain"] == 1
+    record = cohort.record("whole", "x1")
+    assert record["Adaptation"]["scope"] == "scan"
+    assert record["Adaptation"]["reason"] == "the site of the scan is unknown"
+    assert any("site is unknown" in warning for warning in record["Warnings"])
+
+
+def test_a_changed_scan_is_adapted_to_again_and_all_scans_of_the_site_follow(cohort, job, brains):
+    before = cohort.record("out", "b4")["Adapt"]
+    path = cohort.raw.path("b3")
+    content = path.read_bytes()
+    data, affine = load(path)
+    try:
+        cohort.raw.scan("b3", (data * 1.5).astype(np.float32), affine)
+        ran = cohort.participant("out", "b4", more=["--dry-run"])
+        assert "would first adapt tiny-A to site B (T1w), on at most 2 of its scans" in ran.out
+        assert "planned" in ran.line("sub-b4_T1w")
+        assert cohort.log() == []
+        ran = cohort.participant("out", "b4")
+        assert cohort.log() == ["adapt " + " ".join(FIRST)]
+        assert ": harmonized" in ran.line("sub-b4_T1w")
+        assert cohort.record("out", "b4")["Adapt"] != before
+        assert len(cohort.stored("out")) == 1
+    finally:
+        path.write_bytes(content)
+    cohort.participant("out", "b4")
+    assert cohort.record("out", "b4")["Adapt"] == before
+    cohort.log()
+
+
+def test_a_damaged_adaptation_is_made_again(cohort, job):
+    before = cohort.record("out", "b4")["Adapt"]
+    weights = cohort.stored("out")[0].with_name("weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4])
+    ran = cohort.participant("out", "b4")
+    assert "it is made again" in ran.err
+    assert cohort.log() == ["adapt " + " ".join(FIRST)]
+    assert "skipped" in ran.line("sub-b4_T1w")
+    assert cohort.record("out", "b4")["Adapt"] == before
+
+
+def test_dry_run_says_what_would_be_adapted_to(cohort):
+    options = ["--participant-label", "a1", "b1", "x1", "--dry-run"]
+    ran = cohort.run("participant", "planned", "--model", cohort.model, *options)
+    assert ran.code == 0, ran.err
+    told = [line for line in ran.out.splitlines() if "would first adapt" in line]
+    assert told == ["would first adapt tiny-A to site B (T1w), on at most 4 of its scans"]
+    assert cohort.log() == []
+    assert not (cohort.folder / "planned").exists()
+
+
+def test_adapt_scan_and_none_and_number_of_scans(cohort, job):
+    cohort.participant("out", "b4", more=["--adapt", "none", "--desc", "plain"], count=())
+    assert cohort.log() == []
+    record = cohort.record("out", "b4", "plain")
+    assert (record["Adapt"], record["Details"]["gain"]) == ("none", 1)
+    cohort.participant("out", "b4", "a1", more=["--adapt", "scan", "--desc", "own"], count=())
+    assert cohort.log() == ["adapt sub-a1_T1w", "adapt sub-b4_T1w"]
+    record = cohort.record("out", "b4", "own")
+    assert record["Adaptation"] | {"scope": "scan", "steps": 7} == record["Adaptation"]
+    assert not any("unknown" in warning for warning in record["Warnings"])
+    cohort.participant("out", "b4", more=["--desc", "one"], count=["--adapt-scans", "1"])
+    assert cohort.log() == ["adapt sub-b1_T1w"]
+    assert len(cohort.stored("out")) == 2
+
+
+def test_one_label_one_way_to_adapt(cohort, job):
+    options = ["--model", cohort.model, "--participant-label", "b4", "--adapt", "none"]
+    ran = cohort.run("participant", "out", *options)
+    assert ran.code == 64
+    assert "holds scans with --adapt site under desc-harmonized, not --adapt none" in ran.err
+
+
+def test_adaptations_are_no_bundles(cohort, job):
+    options = ["--method", "tiny", "--participant-label", "b4"]
+    ran = cohort.run("participant", "out", *options)
+    assert ran.code == 64
+    assert "no model for tiny ships with the package" in ran.err
+
+
+def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
+    """Its scans are refused with the reason; the other sites go on."""
+    data, affine = brains.brain("B", 1)
+    made = DataSet(tmp_path / "raw")
+    made.scan("c1", np.full_like(data, 3), affine)
+    made.scan("a1", *brains.brain("A", 0))
+    made.site("c1", "C")
+    made.site("a1", "A")
+    for path in made.root.rglob("*_T1w.nii.gz"):
+        give_transform(tmp_path / "theirs", path)
+    options = ["--model", cohort.model, *quick(tmp_path / "work", tmp_path / "theirs")]
+    ran = call(made.root, tmp_path / "out", "participant", *options)
+    assert ran.code == 65
+    assert "none of the scans of site C (T1w) that were tried can be used" in ran.out
+    assert ": harmonized" in ran.line("sub-a1_T1w")
+    assert "refused" in (tmp_path / "out" / "sub-c1.html").read_text()
+
+
+def test_two_jobs_adapt_once(cohort):
+    runs = []
+    environment = {**os.environ, "PYTHONPATH": str(cohort.folder / "site")}
+    for number, sub in enumerate(("b3", "b4")):
+        argv = [cohort.raw.root, cohort.folder / "shared", "participant", "--model", cohort.model,
+                *quick(cohort.folder / f"work{number}", cohort.folder / "theirs"),
+                "--participant-label", sub, *TWO]  # fmt: skip
+        runs.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "bids_harmony", *map(str, argv)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            )
+        )  # fmt: skip
+    told = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    assert cohort.log() == ["adapt " + " ".join(FIRST)]
+    assert cohort.record("shared", "b3")["Adapt"] == cohort.record("shared", "b4")["Adapt"]
