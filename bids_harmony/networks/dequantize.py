@@ -50,10 +50,15 @@ class VariationalNoise(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Noise in (-.5, .5) like `x`, and its log-density by place (B, 1, H, W)."""
         z = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        log_noise = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+        noise, log_det = self.shape(z, x)
+        normal = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+        return noise, normal.sum(dim=1, keepdim=True) - log_det
+
+    def shape(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise made from `z` for the image `x`, and its log-determinant by place (B, 1, H, W)."""
+        total = torch.zeros_like(z)
         for coupling in self.couplings:
             z, log_scale = coupling(z, x)
-            log_noise = log_noise - log_scale
-        slope = functional.logsigmoid(z) + functional.logsigmoid(-z)
-        log_noise = (log_noise - slope).sum(dim=1, keepdim=True)
-        return torch.sigmoid(z) - 0.5, log_noise
+            total = total + log_scale
+        total = total + functional.logsigmoid(z) + functional.logsigmoid(-z)
+        return torch.sigmoid(z) - 0.5, total.sum(dim=1, keepdim=True)

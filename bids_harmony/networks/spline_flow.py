@@ -43,9 +43,9 @@ class Step(nn.Module):
         self.changed, self.bins, self.tail_bound = channels // 2, bins, tail_bound
         self.act_norm = ActNorm(channels)
         self.mix_in = PointwiseConvolution(channels)
-        self.mix_out = PointwiseConvolution(channels)
         given, wanted = channels - self.changed, self.changed * (3 * bins - 1)
         self.conditioner = Conditioner(given, wanted, hidden, blocks, batch_norm)
+        self.mix_out = PointwiseConvolution(channels)
         # Widths and heights are scaled down by sqrt(hidden), so that bins start about equal.
         scale = torch.ones(self.changed, 3 * bins - 1)
         scale[:, : 2 * bins] = 1 / math.sqrt(hidden)
