@@ -5,11 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO ?= demo
+# Neural methods are tested on the CPU; the default build of torch is several GB larger.
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint docs bench clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps "$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) --no-deps --index-url $(TORCH_INDEX) "$(TORCH)" \
+	  || echo "no CPU build of torch was found: the default one is installed"
 	$(PIP) --constraint constraints.txt --editable ".[test]" mypy ruff types-PyYAML
 	touch $@
 

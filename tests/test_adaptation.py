@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bids_harmony.errors import MissingInputError, OutputError, UsageError
+from bids_harmony.errors import HarmonyError, MissingInputError, OutputError, UsageError
 from bids_harmony.methods.adaptation import load_adaptation, save_adaptation
 from bids_harmony.methods.base import Adaptation
 from bids_harmony.methods.bundle import is_bundle
@@ -72,9 +72,9 @@ def test_failed_write_leaves_the_old_one(folder, monkeypatch):
 
 
 def test_what_cannot_be_stored(tmp_path):
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(HarmonyError, match="not JSON"):
         save_adaptation(tmp_path / "a", Adaptation({}, {"bpd": float("nan")}), facts=FACTS)
-    with pytest.raises(UsageError, match="x of the adaptation is not finite"):
+    with pytest.raises(HarmonyError, match="x of the adaptation is not finite"):
         save_adaptation(tmp_path / "a", Adaptation({"x": np.array([np.inf])}, {}), facts=FACTS)
     assert not (tmp_path / "a").exists()
 

@@ -12,7 +12,7 @@ from bids_harmony.errors import MissingInputError, OutputError, ScanError, Usage
 from bids_harmony.imaging.scale import IntensityScale
 from bids_harmony.methods import registry
 from bids_harmony.methods.base import Volume
-from bids_harmony.methods.bundle import is_bundle, load_bundle, save_bundle
+from bids_harmony.methods.bundle import bundle_method, is_bundle, load_bundle, save_bundle
 
 META = {
     "name": "site A",
@@ -136,6 +136,46 @@ def test_model_card(bundle):
     text = (bundle / "README.md").read_text()
     for part in ("# site A", "`nyul`", "T1w, T2w", "psnr_db 31.5", "CC0", "0 to 1250", "Citation"):
         assert part in text
+
+
+FILES = {"curves.csv": b"a,b\n", "training.png": b"\x89PNG", "drawing.svg": b"<svg/>"}
+
+
+def test_further_files_are_written_whole_and_shown(tmp_path):
+    folder = save_bundle(tmp_path / "b", model("nyul"), meta=META, files=FILES)
+    for name, content in FILES.items():
+        assert (folder / name).read_bytes() == content
+    card = (folder / "README.md").read_text()
+    for line in ("![training.png](training.png)", "![drawing.svg](drawing.svg)"):
+        assert line in card
+    assert "[curves.csv](curves.csv)" in card
+    plain = save_bundle(tmp_path / "plain", model("nyul"), meta=META)
+    assert load_bundle(plain).hash == load_bundle(folder).hash  # nothing reads them
+    save_bundle(folder, model("nyul"), meta=META)
+    assert not (folder / "curves.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.json", "Model.JSON", "README.md", "weights.safetensors", "a/b.csv", "../b.csv",
+        ".hidden.csv", "run.py", "run.csv.py", "x.html", "no_suffix", "", "a b.txt",
+    ],
+)  # fmt: skip
+def test_further_files_have_safe_names(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be a file of a model bundle"):
+        save_bundle(tmp_path / "b", model("nyul"), meta=META, files={name: b"x"})
+    assert not (tmp_path / "b").exists()
+
+
+def test_further_files_are_bytes(tmp_path):
+    with pytest.raises(UsageError, match="is bytes, not str"):
+        save_bundle(tmp_path / "b", model("nyul"), meta=META, files={"a.txt": "x"})
+
+
+def test_method_of_a_bundle_without_loading_it(bundle):
+    (bundle / "weights.safetensors").write_bytes(b"")
+    assert bundle_method(bundle) == "nyul"
 
 
 def edit(bundle, **changes):

@@ -127,6 +127,9 @@ def test_plugin_is_found_and_loaded(plugin):
         ({"card": CARD.replace('["cpu"]', "[1]")}, "devices must be"),
         ({"card": CARD.replace('"statistical"', '"magic"')}, "kind must be"),
         ({"card": "name = "}, "not valid TOML"),
+        ({"card": CARD.replace('"statistical"', '"neural"')}, "presets are for neural methods"),
+        ({"card": CARD + 'presets = ["cpu"]\n'}, "presets are for neural methods"),
+        ({"card": CARD + "adapts = true\n"}, "only neural methods adapt"),
     ],
 )
 def test_broken_plugins_are_named(plugin, kwargs, message):
@@ -154,6 +157,21 @@ def test_load_says_what_is_wrong(plugin):
         registry.load("nyull")
     plugin("bad_dist", source="import no_such_module\n")
     with pytest.raises(UsageError, match="cannot be loaded: No module named 'no_such_module'"):
+        registry.load("fancy")
+
+
+def test_what_a_method_needs_is_told_before_it_is_imported(plugin):
+    more = 'needs = ["numpy", "no_such_torch", "nor_this"]\ninstall = "fancy[neural]"\n'
+    plugin("needy_dist", card=CARD + more, source="import no_such_torch\n")
+    told = r"needs no_such_torch, nor_this, not installed here: pip install 'fancy\[neural\]'$"
+    with pytest.raises(UsageError, match=told):
+        registry.load("fancy")
+
+
+def test_card_and_class_must_agree(plugin):
+    card = CARD.replace('"statistical"', '"neural"') + 'presets = ["cpu"]\n'
+    plugin("odd_dist", card=card)
+    with pytest.raises(UsageError, match="differ in kind, adapts or presets"):
         registry.load("fancy")
 
 

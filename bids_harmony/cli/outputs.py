@@ -17,7 +17,7 @@ from bids_harmony.bids.write import atomic_write_text, output_error, write_json
 from bids_harmony.config import Config
 from bids_harmony.errors import OutputError, UsageError
 from bids_harmony.interfaces.report import UNDRAWN
-from bids_harmony.reports.boilerplate import citation_markdown, methods_text
+from bids_harmony.reports.boilerplate import citation_markdown
 from bids_harmony.reports.page import render_failure, render_page
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.settings import Preprocessing, Target
@@ -96,7 +96,7 @@ def write_logs(
     if outcomes is None or not outcomes:
         atomic_write_text(logs / f"{run_uuid}.toml", config.to_toml())
     if prep is not None and target is not None:
-        text = methods_text(prep.fingerprint, target.title, target.reference)
+        text = target.text(prep)
         name = "CITATION.md" if config.desc == "harmonized" else f"CITATION_desc-{config.desc}.md"
         atomic_write_text(logs / name, citation_markdown(text, target.citations))
     for outcome in outcomes or ():
@@ -154,7 +154,7 @@ def _write_page(config: Config, subject: str, prep: Preprocessing, target: Targe
         fragments,
         version=__version__,
         command_line=shlex.join(["bids_harmony", *sys.argv[1:]]),
-        methods=methods_text(prep.fingerprint, target.title, target.reference) if target else "",
+        methods=target.text(prep) if target else "",
         citations=target.citations if target else (),
         dataset=config.bids_dir.name,
     )

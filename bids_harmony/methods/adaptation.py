@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as pack_arrays
 
-from bids_harmony.errors import MissingInputError, UsageError
+from bids_harmony.errors import HarmonyError, MissingInputError, UsageError
 from bids_harmony.methods.base import Adaptation
 from bids_harmony.methods.folder import write_folder
 
@@ -61,13 +61,13 @@ def save_adaptation(folder: Path, adaptation: Adaptation, *, facts: Mapping[str,
     ------
     OutputError
         If the folder exists and is not an adaptation, or cannot be written.
-    UsageError
+    HarmonyError
         If details or facts are not finite JSON, or an array is not finite.
     """
     arrays = {key: np.ascontiguousarray(value) for key, value in adaptation.arrays.items()}
     wrong = [k for k, v in arrays.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
     if wrong:
-        raise UsageError(f"{folder}: {', '.join(wrong)} of the adaptation is not finite")
+        raise HarmonyError(f"{folder}: {', '.join(wrong)} of the adaptation is not finite")
     weights = pack_arrays(arrays)
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -78,7 +78,7 @@ def save_adaptation(folder: Path, adaptation: Adaptation, *, facts: Mapping[str,
     try:
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{folder}: the adaptation's details are not JSON: {error}") from error
+        raise HarmonyError(f"{folder}: the adaptation's details are not JSON: {error}") from error
     files = {ADAPTATION: text.encode(), WEIGHTS: weights}
     write_folder(folder, files, what="stored adaptation", is_ours=_holds_nothing_else)
     return folder

@@ -18,7 +18,16 @@ SOFTWARE = (
 )
 
 
-def methods_text(fingerprint: Mapping[str, Any], title: str, reference: str) -> str:
+_ADAPTED = {
+    "site": " The model was adapted, without labels or paired scans, to a few scans of each site "
+    "that its training had not seen.",
+    "scan": " The model was adapted, without labels or paired scans, to each scan by itself.",
+}
+
+
+def methods_text(
+    fingerprint: Mapping[str, Any], title: str, reference: str, adapt: str = ""
+) -> str:
     """Paragraphs that say what was done to each scan.
 
     Parameters
@@ -29,6 +38,8 @@ def methods_text(fingerprint: Mapping[str, Any], title: str, reference: str) -> 
         Human title of the method.
     reference
         Reference domain, in words.
+    adapt
+        ``site`` or ``scan``: what the model was adapted to; anything else: it was not.
     """
     bias = (
         "Intensity non-uniformity was corrected with N4 inside the brain mask."
@@ -42,10 +53,10 @@ def methods_text(fingerprint: Mapping[str, Any], title: str, reference: str) -> 
         f"or by nonlinear registration of a head template with ANTs. {bias} The brain was "
         f"registered rigidly to {fingerprint['Template']} and its intensities were brought to a "
         "common scale by a linear map whose parameters were kept.\n\n"
-        f"Intensities were then harmonized by {title} to the reference domain {reference}. The "
-        "change of the brain's intensities was carried back to the raw grid, added to the "
-        "bias-corrected scan, and the result was expressed in the reference domain's intensity "
-        f"units. Random seed {fingerprint['Seed']}, {fingerprint['Threads']} thread(s) per "
+        f"Intensities were then harmonized by {title} to the reference domain {reference}."
+        f"{_ADAPTED.get(adapt, '')} The change of the brain's intensities was carried back to the "
+        "raw grid, added to the bias-corrected scan, and the result was expressed in the reference "
+        f"domain's intensity units. Random seed {fingerprint['Seed']}, {fingerprint['Threads']} thread(s) per "
         "process."
     )
 

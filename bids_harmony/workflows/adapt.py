@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -211,6 +212,8 @@ def _run(
     if not keys:
         return failed
     failures = run_graph(graph, job.engine, n_scans=len(keys), on_node=lambda *_: None)
+    if job.clean and not failures:
+        shutil.rmtree(job.engine.work_dir / graph.name, ignore_errors=True)
     for failure in failures:
         names = failure.node.split(".")[1:2]
         for key in [keys[n] for n in names if n in keys] or list(keys.values()):

@@ -14,7 +14,6 @@ from bids_harmony.interfaces.bids import WriteHarmonized
 from bids_harmony.interfaces.harmonize import Harmonize
 from bids_harmony.interfaces.image import CarryChange, Change
 from bids_harmony.interfaces.report import Record, ReportScan, Score
-from bids_harmony.reports.boilerplate import methods_text
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
 
@@ -299,7 +298,7 @@ def _connect_report(
             reference_quantiles=target.reference_quantiles.get(scan.suffix, []),
             method_title=target.title,
             citations=list(target.citations),
-            methods_text=methods_text(prep.fingerprint, target.title, target.reference),
+            methods_text=target.text(prep),
         ),
         name="report",
         mem_gb=3 * gigabytes,

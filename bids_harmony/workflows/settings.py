@@ -14,6 +14,7 @@ from bids_harmony.bids.scan import UNKNOWN_SITE, Scan
 from bids_harmony.imaging.templates import OutputSpace
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NATIVE_GRID, Contract
+from bids_harmony.reports.boilerplate import methods_text
 from bids_harmony.workflows.engine import Engine
 
 EARLIER_RUN = "earlier run of bids_harmony"
@@ -149,6 +150,10 @@ class Target:
             return AdaptTo("none", "training has seen the site")
         made = AdaptTo("site", "training has not seen the site")
         return self.adaptations.get((site, modality), made)
+
+    def text(self, prep: Preprocessing) -> str:
+        """Methods text for a paper."""
+        return methods_text(prep.fingerprint, self.title, self.reference, self.adapt)
 
     @property
     def native_grid(self) -> bool:
