@@ -1,0 +1,350 @@
+"""Method x cohort x condition -> rows; the part that all benchmark tables share.
+
+A table (`Table`) makes a BIDS data set, names its cases and scores an image. The harness runs the
+command line (``train``, then ``participant``) for every trial in one output folder, so that brain
+masks and transforms are made once, and keeps one row per trial, condition and scan in a CSV in
+the work folder. A row that is there for the same model is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.rows import Row, Rows, facts
+from bids_harmony.bids.find import find_scans
+from bids_harmony.bids.names import derivative_path
+from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.write import write_json
+from bids_harmony.errors import HarmonyError, UsageError
+from bids_harmony.imaging.conform import conform
+from bids_harmony.imaging.scale import IntensityScale, fit_scale, median_scale
+from bids_harmony.interfaces.ants_functions import divide_by_bias
+from bids_harmony.methods.bundle import is_bundle, load_bundle
+from bids_harmony.methods.registry import available
+
+FloatArray = NDArray[np.float32]
+MODALITY = "T1w"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method with the settings it is tried with; `method` None leaves the scans as they are."""
+
+    label: str
+    method: str | None
+    train: tuple[str, ...] = ()
+    participant: tuple[str, ...] = ()
+    neural: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score: its heading in the table, unit, digits, and whether higher or lower is better."""
+
+    name: str
+    heading: str
+    unit: str = ""
+    digits: int = 2
+    better: str = "higher"
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """What gives one row: the scans to harmonize, and what they are compared with."""
+
+    condition: str
+    name: str
+    person: str
+    scans: tuple[Scan, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A BIDS data set, the reference domain in it, who is trained on, and the cases."""
+
+    bids_dir: Path
+    reference: str
+    training: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+#: Image of a scan on the raw grid, on the common intensity scale (brain about 0..1).
+View = Callable[[Scan], FloatArray]
+
+
+class Table(ABC):
+    """One benchmark table."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    about: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
+    trials: ClassVar[tuple[str, ...]]
+    #: Score by which a scan is below its own input.
+    judge: ClassVar[str] = "psnr"
+    #: The paper's figures: (trial, condition) -> column -> value.
+    paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {}
+    #: Options of both levels.
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def prepare(self, data: Path, folder: Path) -> Cohort:
+        """Make the data set below `folder` unless it is there, and name the cases."""
+
+    @abstractmethod
+    def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
+        """Scores of a case; `result` gives the harmonized (or untouched) scans."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose."""
+
+    work: Path
+    seed: int = 0
+    nprocs: int = 1
+    device: str = "cpu"
+    minutes: int | None = None
+
+
+class Prepared:
+    """The preprocessed scans of a cohort, as every method is given them."""
+
+    def __init__(self, cohort: Cohort, folder: Path, settings: Settings) -> None:
+        self.cohort, self.folder, self.settings = cohort, folder, settings
+        self.out_dir = folder / "out"
+
+    def mask(self, scan: Scan) -> NDArray[np.bool_]:
+        """Brain mask that the pipeline used."""
+        path = derivative_path(self.out_dir, scan, desc="brain", suffix="mask")
+        return np.asarray(read(path)[0] > 0)
+
+    def corrected(self, scan: Scan) -> tuple[FloatArray, NDArray[Any]]:
+        """Scan divided by the bias field that the pipeline found, and its affine."""
+        raw = conform(scan.path)
+        path = derivative_path(self.out_dir, scan, desc="n4", suffix="biasfield")
+        return divide_by_bias(raw.data, raw.affine, read(path)[0]), raw.affine
+
+    def scaled(self, scan: Scan) -> FloatArray:
+        """What a method on the native grid is given: corrected, on the scan's own robust scale."""
+        data, _ = self.corrected(scan)
+        return fit_scale(data, self.mask(scan), "robust", name=scan.stem).apply(data)
+
+    def reference_scale(self) -> IntensityScale:
+        """Median robust scale of the training scans: the units of every output."""
+        path = self.folder / "reference_scale.json"
+        if not path.is_file():
+            scales = [
+                fit_scale(self.corrected(s)[0], self.mask(s), "robust", name=s.stem)
+                for s in scans_of(self.cohort.bids_dir, self.cohort.training)
+                if s.site == self.cohort.reference
+            ]
+            write_json(path, median_scale(scales).to_dict())
+        return IntensityScale.from_dict(json.loads(path.read_text()))
+
+    def run(self, level: str, *arguments: str) -> float:
+        """Run the command line; wall seconds.
+
+        Raises
+        ------
+        HarmonyError
+            If it could not run as a whole; its log is named. Single scans may fail.
+        """
+        log = self.folder / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}_{level}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, "-m", "bids_harmony", str(self.cohort.bids_dir), str(self.out_dir),
+            level, *arguments, "--skip-bids-validation", "--modality", MODALITY,
+            "--nprocs", str(self.settings.nprocs), "--random-seed", str(self.settings.seed),
+            "--work-dir", str(self.folder / "nipype"),
+        ]  # fmt: skip
+        start = time.perf_counter()
+        with log.open("w") as stream:
+            stream.write(f"{' '.join(command[1:])}\n")
+            stream.flush()
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+        if done.returncode not in (0, 1):
+            last = log.read_text().strip().splitlines()[-1]
+            raise HarmonyError(f"{level} left with {done.returncode}: {last} (log: {log})")
+        return time.perf_counter() - start
+
+
+def read(path: Path) -> tuple[FloatArray, NDArray[Any]]:
+    """Image as float32, and its affine."""
+    image = nb.load(path)
+    return np.asarray(image.dataobj, dtype=np.float32), image.affine  # type: ignore[attr-defined]
+
+
+def scans_of(bids_dir: Path, participants: Sequence[str]) -> list[Scan]:
+    """T1w scans of participants.
+
+    Raises
+    ------
+    UsageError
+        If one of their scans cannot be used.
+    """
+    scans, problems = find_scans(
+        bids_dir,
+        participants=list(participants),
+        sessions=None,
+        modalities=(MODALITY,),
+        filters={},
+        site_from=None,
+    )
+    if problems:
+        raise UsageError(problems[0].message)
+    return scans
+
+
+def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Settings) -> Rows:
+    """Compute the rows that are missing; return all rows of these trials.
+
+    Raises
+    ------
+    UsageError
+        If a method is not installed.
+    """
+    folder = settings.work / table.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for trial in trials:
+        if trial.method is not None and trial.method not in available():
+            raise UsageError(f"method {trial.method} is not installed")
+    cohort = table.prepare(data, folder)
+    prep = Prepared(cohort, folder, settings)
+    rows = Rows(folder / "rows.csv", [c.name for c in table.columns])
+    _preprocess(table, prep)
+    for trial in trials:
+        _run_trial(table, trial, prep, rows)
+    rows.keep({t.label for t in trials})
+    return rows
+
+
+def forget(table: Table, labels: Sequence[str], work: Path) -> None:
+    """Remove rows, models and outputs of trials, so that they are made again."""
+    folder = work / table.name
+    for label in labels:
+        shutil.rmtree(folder / "out" / "models" / label, ignore_errors=True)
+        desc = _letters(label)
+        for path in [
+            *folder.glob(f"out/logs/desc-{desc}*"),
+            *folder.glob(f"out/**/*_desc-{desc}*"),
+        ]:
+            path.unlink()
+    rows = Rows(folder / "rows.csv", [c.name for c in table.columns])
+    rows.drop(set(labels))
+
+
+def _preprocess(table: Table, prep: Prepared) -> None:
+    """Masks, bias fields and transforms of all scans; the wall time is kept for `none`."""
+    tested = sorted({s.subject for case in prep.cohort.cases for s in case.scans})
+    wanted = sorted({*tested, *prep.cohort.training})
+    scans = scans_of(prep.cohort.bids_dir, wanted)
+    done = [derivative_path(prep.out_dir, s, desc="brain", suffix="mask").is_file() for s in scans]
+    if all(done):
+        return
+    seconds = prep.run(
+        "participant", "--level", "minimal", "--participant-label", *wanted, *table.options
+    )
+    _note(prep.folder, "none", scan=seconds / done.count(False))
+
+
+def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:
+    digest = ""
+    result: View = prep.scaled
+    cases = prep.cohort.cases
+    if trial.method is not None:
+        digest = _train(table, trial, prep)
+        if all(rows.has(trial.label, case, digest) for case in cases):
+            return
+        result = _harmonize(table, trial, digest, prep)
+    timing = _timings(prep.folder).get(trial.label, {})
+    for case in cases:
+        if rows.has(trial.label, case, digest):
+            continue
+        print(f"{table.name}: {trial.label}, {case.condition}, {case.name}", flush=True)
+        scores, status = _score(table, case, result, prep)
+        known = {
+            **facts(prep.settings.seed, prep.settings.device),
+            "model": digest[:12],
+            "seconds": timing.get("scan", ""),
+            "train_seconds": timing.get("train", ""),
+        }
+        row = Row(trial.label, case.condition, case.name, case.person, status, scores, known)
+        rows.add(row)
+
+
+def _score(table: Table, case: Case, result: View, prep: Prepared) -> tuple[dict[str, float], str]:
+    try:
+        return table.score(case, result, prep), "ok"
+    except FileNotFoundError as error:
+        return {}, f"no output ({Path(str(error.filename or error)).name})"
+
+
+def _train(table: Table, trial: Trial, prep: Prepared) -> str:
+    """Fit the trial's model unless it exists; its hash."""
+    folder = prep.out_dir / "models" / trial.label
+    if not is_bundle(folder):
+        print(f"{table.name}: training {trial.label}", flush=True)
+        limit = prep.settings.minutes if trial.neural else None
+        more = (*trial.train, *(("--max-time", str(limit)) if limit else ()))
+        seconds = prep.run(
+            "train", "--method", str(trial.method), "--reference", prep.cohort.reference,
+            "--name", trial.label, "--participant-label", *prep.cohort.training,
+            *_device(trial, prep), *table.options, *more,
+        )  # fmt: skip
+        _note(prep.folder, trial.label, train=seconds)
+    return load_bundle(folder).hash
+
+
+def _harmonize(table: Table, trial: Trial, digest: str, prep: Prepared) -> View:
+    """Harmonize the cases' scans; how to read a result."""
+    desc = f"{_letters(trial.label)}{digest[:8]}"
+    scans = {s.stem: s for case in prep.cohort.cases for s in case.scans}
+    paths = {k: derivative_path(prep.out_dir, s, desc=desc) for k, s in scans.items()}
+    missing = [k for k, path in paths.items() if not path.is_file()]
+    if missing:
+        print(f"{table.name}: harmonizing {len(missing)} scans with {trial.label}", flush=True)
+        seconds = prep.run(
+            "participant", "--model", trial.label, "--desc", desc, "--output-spaces", "native",
+            "--participant-label", *sorted({scans[k].subject for k in missing}),
+            *_device(trial, prep), *table.options, *trial.participant,
+        )  # fmt: skip
+        _note(prep.folder, trial.label, scan=seconds / len(missing))
+    scale = prep.reference_scale()
+    return lambda scan: scale.apply(read(paths[scan.stem])[0])
+
+
+def _device(trial: Trial, prep: Prepared) -> tuple[str, ...]:
+    return ("--device", prep.settings.device) if trial.neural else ()
+
+
+def _letters(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", label)
+
+
+def _timings(folder: Path) -> dict[str, dict[str, float]]:
+    path = folder / "timings.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _note(folder: Path, label: str, **seconds: float) -> None:
+    known = _timings(folder)
+    known.setdefault(label, {}).update({k: round(v, 2) for k, v in seconds.items()})
+    write_json(folder / "timings.json", known)

@@ -1,0 +1,90 @@
+"""Scores that several tables share; images on one grid and one intensity scale."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import nibabel as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from bids_harmony.interfaces.ants import ants_session
+from bids_harmony.interfaces.segment import atropos
+from bids_harmony.metrics.intensity import normalized_wasserstein
+from bids_harmony.metrics.similarity import edge_correlation, psnr, rank_agreement, ssim
+from bids_harmony.metrics.slices import field_psnr, field_ssim, slice_consistency
+from bids_harmony.metrics.tissue import TISSUES, dice, relative_volume_difference
+
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Affine = NDArray[Any]
+#: Field and slices of BlindHarmony: 144 x 176 voxels of 1.2 mm, 50 axial slices per person.
+FIELD_MM, SLICES_MM = (144 * 1.2, 176 * 1.2), 50 * 1.2
+
+
+def similarity(truth: Image, image: Image, mask: Mask) -> dict[str, float]:
+    """PSNR (dB) and SSIM in the brain."""
+    return {"psnr": psnr(truth, image, mask), "ssim": ssim(truth, image, mask)}
+
+
+def anatomy(before: Image, image: Image, mask: Mask) -> dict[str, float]:
+    """Rank agreement and edge correlation of result and input."""
+    return {
+        "rank": rank_agreement(before, image, mask),
+        "edges": edge_correlation(before, image, mask),
+    }
+
+
+def whole_field(truth: Image, image: Image, mask: Mask, affine: Affine) -> dict[str, float]:
+    """PSNR (dB) and SSIM over whole axial slices, background included."""
+    turn = nb.orientations.io_orientation(affine)
+    truth, image, mask = (nb.orientations.apply_orientation(x, turn) for x in (truth, image, mask))
+    order = np.argsort(turn[:, 0])
+    size = nb.affines.voxel_sizes(affine)[order]
+    how: dict[str, Any] = {
+        "axis": 2,
+        "field": (round(FIELD_MM[0] / size[0]), round(FIELD_MM[1] / size[1])),
+        "count": round(SLICES_MM / size[2]),
+    }
+    return {
+        "field_psnr": field_psnr(truth, image, mask, **how),
+        "field_ssim": field_ssim(truth, image, mask, **how),
+    }
+
+
+def distribution(before: Image, image: Image, truth: Image, mask: Mask) -> dict[str, float]:
+    """nWD(i, p) and nWD(t, p) in per cent."""
+    moved, left = normalized_wasserstein(before, image, truth, mask)
+    return {"nwd_ip": moved, "nwd_tp": left}
+
+
+def jumps(before: Image, image: Image, truth: Image, mask: Mask) -> dict[str, float]:
+    """Slice consistency along x, y, z, and the largest of its ratios to input and truth."""
+    found = [slice_consistency(image, mask, k) for k in range(3)]
+    scores = {f"slice_{'xyz'[k]}": value for k, value in enumerate(found)}
+    for name, other in (("input", before), ("truth", truth)):
+        ratios = [found[k] / slice_consistency(other, mask, k) for k in range(3)]
+        scores[f"slice_to_{name}"] = float(np.max(ratios))
+    return scores
+
+
+def segmented(images: dict[str, Image], affine: Affine, mask: Mask) -> dict[str, NDArray[Any]]:
+    """Tissue labels of several images of one brain."""
+    with tempfile.TemporaryDirectory() as folder, ants_session(1, 1, folder) as ants:
+        return {name: atropos(ants, image, affine, mask) for name, image in images.items()}
+
+
+def tissues(labels: dict[str, NDArray[Any]], known: NDArray[Any]) -> dict[str, float]:
+    """rAVD (%) of ``image`` to ``truth`` and to ``before``, and Dice with the known labels."""
+    numbers = TISSUES.values()
+    to_truth = relative_volume_difference(labels["truth"], labels["image"], numbers)
+    to_input = relative_volume_difference(labels["before"], labels["image"], numbers)
+    overlap = dice(labels["image"], known, numbers)
+    scores: dict[str, float] = {}
+    for name, number in TISSUES.items():
+        key = name.lower()
+        scores[f"ravd_{key}"] = to_truth[number]
+        scores[f"ravd_input_{key}"] = to_input[number]
+        scores[f"dice_{key}"] = overlap[number]
+    return scores

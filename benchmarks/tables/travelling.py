@@ -1,0 +1,135 @@
+"""Simulated travelling subjects: every site harmonized to one, with the truth known."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, read, scans_of
+from benchmarks.scoring import anatomy, distribution, jumps, segmented, similarity, tissues
+from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.write import atomic_write_text
+from bids_harmony.phantom.dataset import TRUTH, write_phantom
+from bids_harmony.phantom.sites import REFERENCE
+
+SITES = ("mprage15", "spgr3", "spgr15", "biased3")
+TESTED, TRAINED, RESOLUTION = 4, 12, 2.0
+
+
+def truth_file(root: Path, scan: Scan, name: str) -> Path:
+    """A file of the phantom's truth on the grid of a scan."""
+    return root / TRUTH / scan.folder / f"{scan.stem.removesuffix('_T1w')}_{name}.nii.gz"
+
+
+class Travelling(Table):
+    """Phantom scans of four sites and of the reference domain itself."""
+
+    name: ClassVar[str] = "travelling"
+    title: ClassVar[str] = "Travelling subjects (phantom)"
+    about: ClassVar[str] = (
+        f"Digital brain phantom at {RESOLUTION:g} mm: trained on {TRAINED} subjects at the "
+        f"reference domain {REFERENCE}, tested on {TESTED} others who were scanned at all sites. "
+        "All brain masks are the pipeline's own; scores are in the phantom's true brain. Truth: "
+        "the same subject in the reference contrast without noise, bias and transmit field, "
+        "brought to the common scale by the median ratio to the subject's own scan at the "
+        f"reference domain; {REFERENCE} itself as input therefore shows what noise costs. "
+        "nWD as in HAIL (equation 1), but the target is the truth, not another person's scan. "
+        "rAVD: tissue volumes (Atropos, 3 classes) of the result against those of the truth; "
+        "HAIL compares with the input's (in the CSV: ravd_input). The paper's columns are HAIL's "
+        "own figures on clinical scans."
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("psnr", "PSNR", "dB"),
+        Column("ssim", "SSIM", digits=3),
+        Column("nwd_ip", "nWD(i,p)", "%", 1),
+        Column("nwd_tp", "nWD(t,p)", "%", 1, "lower"),
+        Column("ravd_gm", "rAVD GM", "%", 1, "lower"),
+        Column("ravd_wm", "rAVD WM", "%", 1, "lower"),
+        Column("ravd_csf", "rAVD CSF", "%", 1, "lower"),
+        Column("slice_to_truth", "slice jumps / truth's", "", 2, "lower"),
+        Column("rank", "rank agreement", "", 4),
+        *(Column(f"ravd_input_{t}", f"rAVD {t.upper()} to input", "%", 1, "lower", shown=False)
+          for t in ("gm", "wm", "csf")),
+        *(Column(f"dice_{t}", f"Dice {t.upper()}", "", 3, shown=False)
+          for t in ("gm", "wm", "csf")),
+        Column("edges", "edge correlation", "", 4, shown=False),
+        *(Column(f"slice_{k}", f"slice jumps {k}", "", 4, "lower", shown=False) for k in "xyz"),
+        Column("slice_to_input", "slice jumps / input's", "", 2, "lower", shown=False),
+    )  # fmt: skip
+    trials: ClassVar[tuple[str, ...]] = (
+        "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
+    )  # fmt: skip
+    paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
+        ("hail", "mean"): {"nwd_ip": 94.63, "nwd_tp": 11.87, "ravd_input_gm": 7.06,
+                           "ravd_input_wm": 13.42}
+    }  # fmt: skip
+
+    def prepare(self, data: Path, folder: Path) -> Cohort:
+        """Simulate; subjects of training and test are different people."""
+        root = folder / "bids"
+        if not root.is_dir():
+            _simulate(folder / "draft", root)
+        tested = [f"{k:02d}" for k in range(1, TESTED + 1)]
+        training = tuple(f"{k:02d}" for k in range(TESTED + 1, TESTED + TRAINED + 1))
+        scans = {(s.subject, s.site): s for s in scans_of(root, tested)}
+        cases = [
+            Case(site, scans[who, site].stem, who, (scans[who, site],),
+                 {"own": scans[who, REFERENCE]})
+            for site in (*SITES, REFERENCE) for who in tested
+        ]  # fmt: skip
+        return Cohort(root, REFERENCE, training, tuple(cases))
+
+    def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
+        """Result against the truth in the true brain."""
+        root, (scan,) = prep.cohort.bids_dir, case.scans
+        mask, affine = self._brain(root, scan)
+        truth = self._truth(root, scan) * self._level(case.facts["own"], prep)
+        known = read(truth_file(root, scan, "dseg"))[0].round().astype(np.uint8)
+        image, before = result(scan), prep.scaled(scan)
+        labels = segmented({"image": image, "before": before, "truth": truth}, affine, mask)
+        return {
+            **similarity(truth, image, mask),
+            **distribution(before, image, truth, mask),
+            **tissues(labels, known),
+            **jumps(before, image, truth, mask),
+            **anatomy(before, image, mask),
+        }
+
+    def _level(self, own: Scan, prep: Prepared) -> float:
+        """Factor from the truth's unit to the common scale, from the own reference scan."""
+        root = prep.cohort.bids_dir
+        mask, _ = self._brain(root, own)
+        mask &= prep.mask(own)
+        return float(np.median(prep.scaled(own)[mask]) / np.median(self._truth(root, own)[mask]))
+
+    def _brain(self, root: Path, scan: Scan) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        data, affine = read(truth_file(root, scan, "desc-brain_mask"))
+        return data > 0, affine
+
+    def _truth(self, root: Path, scan: Scan) -> NDArray[np.float32]:
+        return read(truth_file(root, scan, f"desc-truth{REFERENCE}_T1w"))[0]
+
+
+def _simulate(draft: Path, root: Path) -> None:
+    """Test subjects at every site and training subjects at the reference, in one data set."""
+    shutil.rmtree(draft, ignore_errors=True)
+    write_phantom(
+        draft / "tested", subjects=TESTED, sites=(*SITES, REFERENCE), resolution=RESOLUTION
+    )
+    write_phantom(
+        draft / "trained", subjects=TRAINED, first=TESTED + 1, sites=(REFERENCE,),
+        resolution=RESOLUTION,
+    )  # fmt: skip
+    for below in (Path(), TRUTH):
+        for path in sorted((draft / "trained" / below).glob("sub-*")):
+            path.rename(draft / "tested" / below / path.name)
+        name = below / "participants.tsv"
+        first, second = ((draft / k / name).read_text() for k in ("tested", "trained"))
+        atomic_write_text(draft / "tested" / name, first + second.split("\n", 1)[1])
+    (draft / "tested").rename(root)
+    shutil.rmtree(draft)

@@ -1,0 +1,252 @@
+"""The benchmark harness: rows, intervals, pages, data sets, and a table from end to end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nb
+import numpy as np
+import pytest
+from conftest import Brains, DataSet
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """Benchmarks are run from the root of the repository and belong to no package."""
+    sys.path.insert(0, str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+def module(name: str):
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def make_row(method, condition, scan, person, **scores):
+    facts = dict.fromkeys(module("rows").FACTS, "") | {"model": f"hash-{method}", "seed": 0}
+    return module("rows").Row(method, condition, scan, person, "ok", scores, facts)
+
+
+def make_case(condition, name):
+    return module("harness").Case(condition, name, name, ())
+
+
+def test_rows_are_kept_and_replaced(tmp_path):
+    rows = module("rows").Rows(tmp_path / "rows.csv", ["psnr", "ssim"])
+    case = make_case("exp", "01")
+    assert not rows.has("hm", case, "hash-hm")
+    rows.add(make_row("hm", "exp", "01", "01", psnr=20.25, ssim=float("nan")))
+    rows.add(make_row("nyul", "exp", "01", "01", psnr=float("inf"), ssim=0.5))
+    again = module("rows").Rows(tmp_path / "rows.csv", ["psnr", "ssim"])
+    assert again.has("hm", case, "hash-hm")
+    assert not again.has("hm", case, "another")
+    assert not again.has("hm", make_case("log", "01"), "hash-hm")
+    assert again.rows[0].scores["psnr"] == 20.25
+    assert np.isnan(again.rows[0].scores["ssim"])
+    assert again.rows[1].scores["psnr"] == float("inf")
+    again.add(make_row("hm", "exp", "01", "01", psnr=21.0, ssim=0.1))
+    assert [r.scores["psnr"] for r in again.rows if r.method == "hm"] == [21.0]
+    wider = module("rows").Rows(tmp_path / "rows.csv", ["psnr", "ssim", "jsd"])
+    assert not wider.has("hm", case, "hash-hm")  # a new column is computed
+    again.drop({"hm"})
+    left = module("rows").Rows(tmp_path / "rows.csv", ["psnr", "ssim"])
+    assert [r.method for r in left.rows] == ["nyul"]
+
+
+def test_interval_against_scipy():
+    values = [20.0, 22.0, 21.0, 27.0, 24.5]
+    rows = [make_row("hm", "exp", f"{k}", f"{k}", psnr=v) for k, v in enumerate(values)]
+    found = module("rows").mean_interval(rows, "psnr")
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=20000, method="percentile", random_state=1
+    ).confidence_interval
+    assert found.value == pytest.approx(np.mean(values))
+    assert found.count == 5
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.25)
+    assert found == module("rows").mean_interval(rows[::-1], "psnr")
+
+
+def test_interval_counts_people():
+    rows = [make_row("hm", c, f"{c}{p}", p, psnr=v)
+            for c, p, v in (("a", "1", 10), ("b", "1", 20), ("a", "2", 30), ("b", "3", float("nan")))]  # fmt: skip  # noqa: E501
+    found = module("rows").mean_interval(rows, "psnr")
+    assert (found.value, found.count) == (22.5, 2)  # 15 and 30
+    assert (found.low, found.high) == (15, 30)
+    assert np.isnan(module("rows").mean_interval(rows[:2], "psnr").low)
+    assert module("rows").mean_interval(rows[3:], "psnr") is None
+
+
+def test_scans_below_their_input():
+    rows = [
+        make_row("none", "exp", "01", "01", psnr=20.0),
+        make_row("none", "exp", "02", "02", psnr=20.0),
+        make_row("hm", "exp", "01", "01", psnr=19.5),
+        make_row("hm", "exp", "02", "02", psnr=25.0),
+    ]
+    ((row, gain),) = module("rows").below_input(rows, "psnr", "higher")
+    assert (row.scan, gain) == ("01", -0.5)
+    ((row, gain),) = module("rows").below_input(rows, "psnr", "lower")
+    assert (row.scan, gain) == ("02", -5)
+
+
+def test_page():
+    table = module("tables").TABLES["blindharmony-1-3"]
+    rows = [
+        make_row(m, c, p, p, psnr=v, ssim=0.9, field_psnr=v + 1, field_ssim=0.95)
+        for m, v in (("none", 20.0), ("histogram-matching", 25.0), ("ssimh", 19.0))
+        for c in ("exp", "log")
+        for p in ("nov61", "nov62")
+    ]
+    lost = make_row("nyul", "exp", "nov61", "nov61")
+    rows.append(module("rows").Row(*[*list(vars(lost).values())[:4], "no output", {}, lost.facts]))
+    text = module("page").render(table, rows, "python -m benchmarks.run blindharmony-1-3")
+    lines = text.splitlines()
+    start = lines.index("## exp")
+    (matched,) = [x for x in lines[start : start + 8] if x.startswith("| histogram-matching")]
+    cells = [c.strip() for c in matched.strip("|").split("|")]
+    assert cells[1] == "**25.00** [25.00, 25.00]"
+    assert cells[-2:] == ["26.50", "0.961"]
+    assert "4 of 8 scans:" in text
+    assert "- ssimh, exp, nov61: -1.00 dB" in lines
+    assert "- nyul, exp, nov61: no output" in lines
+    assert "- harmonizing-flows" not in text
+    assert "python -m benchmarks.run" in text
+
+
+def test_transformations(tmp_path):
+    tables = module("tables.blindharmony")
+    x = np.linspace(0, 1.5, 301)
+    for name, change in tables.transformations().items():
+        y = change(x)
+        assert y[0] == 0
+        assert change(np.array(1.0)) == pytest.approx(1), name
+        assert (np.diff(y) > 0).all()
+    assert tables.transformations()["exp"](0.5) == pytest.approx((np.e**0.5 - 1) / (np.e - 1))
+    assert tables.transformations()["log"](0.5) == pytest.approx(np.log(1.5) / np.log(2))
+    data = np.random.default_rng(0).uniform(100, 1000, (20, 20, 20)).astype(np.float32)
+    data[:4] = 0
+    source, target = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"
+    nb.Nifti1Image(data, np.diag([1, 2, 3, 1.0])).to_filename(source)
+    tables.transform(source, np.sqrt, target)
+    top = np.percentile(data[data > 0], 99.9)
+    found = nb.load(target)
+    np.testing.assert_allclose(found.get_fdata(), np.sqrt(data * top), rtol=1e-5)
+    np.testing.assert_array_equal(found.affine, np.diag([1, 2, 3, 1.0]))
+
+
+def test_cut_keeps_voxels_in_place(tmp_path):
+    data, affine = Brains().brain("A", 3)
+    wide = np.pad(data, ((20, 5), (30, 2), (12, 14)))
+    shifted = affine.copy()
+    shifted[:3, 3] -= affine[:3, :3] @ [20, 30, 12]
+    source, target = tmp_path / "in.nii.gz", tmp_path / "out.nii.gz"
+    nb.Nifti1Image(wide, shifted).to_filename(source)
+    assert module("data").cut(source, target)
+    found = nb.load(target)
+    assert found.shape < wide.shape
+    places = []
+    for values, grid in ((wide, shifted), (found.get_fdata(), found.affine)):
+        index = np.argwhere(values > 0)
+        places.append((values[values > 0].sum(), nb.affines.apply_affine(grid, index)))
+    assert places[0][0] == pytest.approx(places[1][0])
+    np.testing.assert_allclose(places[0][1], places[1][1], atol=1e-4)
+
+
+def test_scores_of_whole_slices_know_the_axes():
+    scoring = module("scoring")
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(0.2, 1, (40, 44, 36)).astype(np.float32)
+    image = truth + rng.normal(0, 0.1, truth.shape).astype(np.float32)
+    mask = np.zeros(truth.shape, bool)
+    mask[5:35, 4:40, 6:30] = True
+    affine = np.diag([4.0, 4.0, 4.0, 1])
+    upright = scoring.whole_field(truth, image, mask, affine)
+    turned = [np.flip(np.transpose(x, (2, 0, 1)), 0) for x in (truth, image, mask)]
+    grid = affine[:, [2, 0, 1, 3]].copy()
+    grid[:, 0] *= -1
+    assert scoring.whole_field(*turned, grid) == pytest.approx(upright, rel=1e-6)
+
+
+class Runs:
+    """A table of a tiny data set; how often it was scored."""
+
+    def __init__(self, root: Path, harness):
+        brains, data = Brains(), DataSet(root)
+        for site, labels in (("A", ("01", "02", "03")), ("B", ("04",))):
+            for k, label in enumerate(labels):
+                data.scan(label, *brains.brain(site, int(label) + k))
+                data.site(label, site)
+        self.scored: list[str] = []
+        outer = self
+
+        class Tiny(harness.Table):
+            name = "tiny"
+            title = "Tiny"
+            about = "Two sites."
+            columns = (harness.Column("psnr", "PSNR", "dB"),)
+            trials = ("none", "nyul")
+
+            def prepare(self, data, folder):
+                (scan,) = harness.scans_of(root, ["04"])
+                case = harness.Case("B", "04", "04", (scan,))
+                return harness.Cohort(root, "A", ("01", "02", "03"), (case,))
+
+            def score(self, case, result, prep):
+                (scan,) = case.scans
+                outer.scored.append(scan.stem)
+                image, mask = result(scan), prep.mask(scan)
+                low, high = prep.reference_scale().low, prep.reference_scale().high
+                assert low == 0 < high
+                return {"psnr": float(np.median(image[mask]))}
+
+        self.table = Tiny()
+
+
+@pytest.mark.slow
+def test_a_table_from_end_to_end(tmp_path):
+    harness, tables = module("harness"), module("tables")
+    runs = Runs(tmp_path / "raw", harness)
+    settings = harness.Settings(tmp_path / "work")
+    trials = [tables.TRIALS["none"], tables.TRIALS["nyul"]]
+    rows = harness.run_table(runs.table, trials, tmp_path, settings)
+    assert [(r.method, r.status) for r in rows.rows] == [("none", "ok"), ("nyul", "ok")]
+    assert len(runs.scored) == 2
+    out = tmp_path / "work" / "tiny" / "out"
+    (image,) = out.glob("sub-04/anat/*_desc-nyul*_T1w.nii.gz")
+    model = json.loads((out / "models" / "nyul" / "model.json").read_text())
+    assert model["meta"]["training_subjects"] == ["01", "02", "03"]
+    scale = model["meta"]["output_scale"]["T1w"]
+    mask = nb.load(out / "sub-04" / "anat" / "sub-04_desc-brain_mask.nii.gz").get_fdata() > 0
+    expected = np.median(nb.load(image).get_fdata()[mask]) / scale["high"]
+    assert rows.rows[1].scores["psnr"] == pytest.approx(expected, rel=1e-4)
+    assert float(rows.rows[1].facts["seconds"]) > 0
+
+    rows = harness.run_table(runs.table, trials, tmp_path, settings)
+    assert len(runs.scored) == 2  # nothing is computed again
+    harness.forget(runs.table, ["nyul"], settings.work)
+    assert not image.exists()
+    rows = harness.run_table(runs.table, trials, tmp_path, settings)
+    assert len(runs.scored) == 3
+    assert rows.rows[1].scores["psnr"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_method_that_is_not_installed(tmp_path):
+    harness = module("harness")
+    table = module("tables").TABLES["real-pair"]
+    with pytest.raises(harness.UsageError, match="nosuch is not installed"):
+        harness.run_table(
+            table, [harness.Trial("x", "nosuch")], tmp_path, harness.Settings(tmp_path)
+        )
+
+
+def test_missing_data_are_named(tmp_path):
+    errors = importlib.import_module("bids_harmony.errors")
+    table = module("tables").TABLES["blindharmony-1-3"]
+    with pytest.raises(errors.MissingInputError, match="sub-nov52 does not exist"):
+        table.prepare(tmp_path / "nowhere", tmp_path / "work")
