@@ -146,7 +146,8 @@ class Flow(nn.Module, ABC):
 
         The image is rounded to `grey_levels` and noise is added within each step, so that regions
         of one value (the background) have no infinite density. Flow++, Ho et al. 2019, eq. 12:
-        log P(x) >= E_q[log p(x + u) - log q(u | x)]; uniform noise has q = 1.
+        log P(x) >= E_q[log p(x + u) - log q(u | x)]; uniform noise has q = 1. Train without
+        `mask`, see `bits_per_dim`. `generator` must be on the device of `x`.
         """
         rounded = round_to_levels(x, self.grey_levels)
         noise, log_noise = self.noise(rounded, generator)
@@ -165,6 +166,7 @@ class Flow(nn.Module, ABC):
         """Images drawn from the model, (count, `channels`, height, width).
 
         `temperature` is the standard deviation of the latents: below 1 it gives likelier images.
+        `generator` must be on the device of the flow.
 
         Raises
         ------

@@ -101,7 +101,8 @@ class Level(nn.Module):
 
     def _initialize(self, h: Tensor) -> None:
         """Set the ActNorms that have not seen data yet."""
-        if all(bool(step.act_norm.initialized) for step in self.steps):
+        seen = [step.act_norm.initialized for step in self.steps]
+        if self.keeper.get("seen", seen, lambda: all(bool(value) for value in seen)):
             return
         with torch.no_grad():
             for step in self.steps:
