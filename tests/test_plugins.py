@@ -98,6 +98,33 @@ def test_workers_have_threads_and_seed_set(tmp_path):
     assert (tmp_path / "seen.txt").read_text() == "1 7"
 
 
+def use_the_gpu(x, use_gpu):
+    import time
+    from pathlib import Path
+
+    begin = time.monotonic()
+    time.sleep(0.4)
+    Path(x).write_text(f"{begin} {time.monotonic()}")
+    return x
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_one_node_has_the_gpu_at_a_time(tmp_path, gpu):
+    workflow = Workflow(name="bids_harmony_wf")
+    for name in ("a", "b"):
+        part = Workflow(name=f"{name}_wf")
+        names = ["x", "use_gpu"]
+        interface = Function(function=use_the_gpu, input_names=names, output_names=["x"])
+        interface.inputs.trait_set(x=str(tmp_path / name), use_gpu=gpu)
+        part.add_nodes([Node(interface, "first")])
+        workflow.add_nodes([part])
+    assert run_graph(workflow, engine_in(tmp_path), n_scans=2, on_node=lambda *_: None) == []
+    (_, end), (begin, _) = sorted(
+        tuple(map(float, (tmp_path / name).read_text().split())) for name in ("a", "b")
+    )
+    assert (begin >= end) == gpu
+
+
 @pytest.mark.parametrize(
     ("text", "message", "code"),
     [

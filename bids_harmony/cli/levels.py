@@ -142,14 +142,11 @@ def _adapt(
     keys = sites_to_adapt_to(scans, target)
     if not keys:
         return target, []
-    adapting = _adapting(context, target, job)
-    for site, modality in [key for key in keys if stored_for(key, adapting) is None]:
-        print(f"adapting {target.name} to site {site} ({modality}) first")
-    progress = Progress(len(keys) * adapting.count)
-    try:
-        made, failed = adapt_to_sites(keys, adapting, progress)
-    finally:
-        progress.close()
+
+    def say(key: tuple[str, str]) -> None:
+        print(f"adapting {target.name} to site {key[0]} ({key[1]}) first", flush=True)
+
+    made, failed = adapt_to_sites(keys, _adapting(context, target, job), say)
     lost = [
         replace(failed[(s.site, s.suffix)], stem=s.stem, subject=s.subject)
         for s in scans

@@ -54,10 +54,10 @@ def methods_text(
         f"registered rigidly to {fingerprint['Template']} and its intensities were brought to a "
         "common scale by a linear map whose parameters were kept.\n\n"
         f"Intensities were then harmonized by {title} to the reference domain {reference}."
-        f"{_ADAPTED.get(adapt, '')} The change of the brain's intensities was carried back to the "
-        "raw grid, added to the bias-corrected scan, and the result was expressed in the reference "
-        f"domain's intensity units. Random seed {fingerprint['Seed']}, {fingerprint['Threads']} thread(s) per "
-        "process."
+        f"{_ADAPTED.get(adapt, '')} The change of the brain's intensities was carried back to "
+        "the raw grid, added to the bias-corrected scan, and the result was expressed in the "
+        f"reference domain's intensity units. Random seed {fingerprint['Seed']}, "
+        f"{fingerprint['Threads']} thread(s) per process."
     )
 
 

@@ -91,7 +91,7 @@ def stored_for(key: Key, adapting: Adapting) -> AdaptTo | None:
 
 
 def adapt_to_sites(
-    keys: Sequence[Key], adapting: Adapting, on_outcome: Callable[[Outcome], None]
+    keys: Sequence[Key], adapting: Adapting, on_site: Callable[[Key], None]
 ) -> tuple[dict[Key, AdaptTo], dict[Key, Outcome]]:
     """Adapt to each site that was not adapted to before; concurrent jobs wait for one another.
 
@@ -99,8 +99,8 @@ def adapt_to_sites(
     ----------
     keys
         From `sites_to_adapt_to`.
-    on_outcome
-        Told what became of the scans that are adapted to.
+    on_site
+        Called with each site that is adapted to now.
 
     Returns
     -------
@@ -116,9 +116,10 @@ def adapt_to_sites(
             locks.enter_context(one_at_a_time(folder.parent, folder.name))
         made |= {key: found for key in lacking if (found := stored_for(key, adapting))}
         todo = [key for key in lacking if key not in made]
+        for key in todo:
+            on_site(key)
         if todo:
-            volumes = _volumes(todo, adapting, on_outcome)
-            failed = _run(volumes, adapting)
+            failed = _run(_volumes(todo, adapting), adapting)
             for key in (key for key in todo if key not in failed):
                 folder = adapting.folder(key)
                 made[key] = _adapt_to(folder, load_adaptation(folder))
@@ -158,9 +159,7 @@ def _facts_of(scan: Scan, job: Job) -> dict[str, Any]:
     }
 
 
-def _volumes(
-    keys: Sequence[Key], adapting: Adapting, on_outcome: Callable[[Outcome], None]
-) -> dict[Key, list[tuple[Scan, Path]]]:
+def _volumes(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[tuple[Scan, Path]]]:
     """First usable scans of each site in the whole data set, on the model's grid.
 
     Not only those asked for: jobs of one participant each must adapt to the same scans.
@@ -178,7 +177,7 @@ def _volumes(
         (key, scan) for key in keys for scan in pools[key][: adapting.count - len(used[key])]
     ]:
         stems, _ = store_volumes(
-            [scan for _, scan in batch], target.contract, target.grid_file, job, on_outcome
+            [scan for _, scan in batch], target.contract, target.grid_file, job, _warn
         )
         by_name = {stem.name: stem for stem in stems}
         for key, scan in batch:
@@ -186,6 +185,11 @@ def _volumes(
             if scan.stem in by_name:
                 used[key].append((scan, by_name[scan.stem]))
     return used
+
+
+def _warn(outcome: Outcome) -> None:
+    if outcome.status != "preprocessed":
+        LOG.warning("left out: %s: %s", outcome.stem, outcome.message)
 
 
 def _run(
