@@ -23,7 +23,7 @@ from bids_harmony.methods.wm_peak import WhiteMatterPeak, find_peak
 from bids_harmony.methods.zscore import ZScore
 from bids_harmony.metrics.similarity import edge_correlation, rank_agreement, wasserstein
 
-METHODS = sorted(registry.available())
+METHODS = [n for n, card in registry.available().items() if card.kind == "statistical"]
 MONOTONE = [name for name in METHODS if registry.available()[name].monotone]
 SHAPE = (44, 50, 40)
 TISSUES = {"T1w": (0.25, 0.6, 0.88), "T2w": (1.0, 0.55, 0.4), "FLAIR": (0.15, 0.75, 0.6)}

@@ -109,6 +109,25 @@ def test_killed_training_resumes_and_a_changed_one_starts_anew(
     assert hashes[0] == hashes[1]
 
 
+def test_memory_that_runs_out_is_told_in_one_line(
+    tiny, transforms, works, tmp_path, log, monkeypatch
+):
+    monkeypatch.setenv("TINY_ERROR", "CUDA out of memory. Tried to allocate 20 GiB")
+    ran = train(tiny, transforms, works, tmp_path / "out")
+    assert ran.code == 1
+    assert "training tiny with the preset cpu ran out of memory on cpu; take a smaller" in ran.err
+    monkeypatch.setenv("TINY_ERROR", "some bug")
+    with pytest.raises(RuntimeError, match="some bug"):
+        train(tiny, transforms, works, tmp_path / "out")
+
+
+def test_dry_run_says_how_it_would_train(tiny, transforms, works, tmp_path, log):
+    ran = train(tiny, transforms, works, tmp_path / "out", "--dry-run", "--preset", "paper")
+    assert ran.code == 0, ran.err
+    assert "would fit tiny on A with the preset paper on cpu" in ran.out
+    assert log() == []
+
+
 @pytest.mark.parametrize(
     ("level", "options", "told"),
     [

@@ -107,6 +107,8 @@ class TinyNeural(NeuralMethod):
         while step < STEPS[training.preset]:
             if os.environ.get("TINY_STOP") == str(step):
                 raise KeyboardInterrupt
+            if "TINY_ERROR" in os.environ:
+                raise RuntimeError(os.environ["TINY_ERROR"])
             step, mean = step + 1, mean + 0.9 * (mean_of(volumes) - mean)
             note(f"step {step}")
             state.write_text(json.dumps([step, mean]))

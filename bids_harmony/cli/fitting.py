@@ -46,19 +46,29 @@ def scans_to_learn_from(
     return training_scans(scans, reference)
 
 
+def training_of(context: Context, method: str) -> Training:
+    """How a neural method is trained in this run; statistical methods take no notice.
+
+    Raises
+    ------
+    UsageError
+        If the device is not there.
+    """
+    config, card = context.config, available()[method]
+    return Training(
+        preset=config.preset or (card.presets[0] if card.presets else Training.preset),
+        max_minutes=config.max_time,
+        device=pick_device(config.device, card.devices)[0],
+        threads=context.resources.nprocs,
+    )
+
+
 def fit(
     context: Context, method: str, reference: str, name: str | None, participants: Sequence[str]
 ) -> tuple[Path, list[Outcome]]:
     """Fit a method on a reference and write its bundle."""
-    config, card = context.config, available()[method]
-    device = pick_device(config.device, card.devices)[0]
+    training = training_of(context, method)
     kind = load_method(method)
-    training = Training(
-        preset=config.preset or (card.presets[0] if card.presets else Training.preset),
-        max_minutes=config.max_time,
-        device=device,
-        threads=context.resources.nprocs,
-    )
     scans = scans_to_learn_from(context, method, reference, participants)
     contract = contract_while_fitting(kind, sorted({s.suffix for s in scans}), training.preset)
     job = context.job(contract.grid)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from bids_harmony.bids.find import check_dataset
 from bids_harmony.bids.scan import MODALITIES, Scan, ScanProblem
 from bids_harmony.cli.context import Context
-from bids_harmony.cli.fitting import fit, scans_to_learn_from, target_of
+from bids_harmony.cli.fitting import fit, scans_to_learn_from, target_of, training_of
 from bids_harmony.cli.outputs import (
     claim_desc,
     prepare_out_dir,
@@ -21,6 +21,7 @@ from bids_harmony.cli.progress import Progress, run_line
 from bids_harmony.config import ADAPT_SCANS, DEFAULT_METHOD, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
 from bids_harmony.methods.base import NATIVE_GRID
+from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.workflows.adapt import (
     Adapting,
@@ -65,7 +66,9 @@ def _train(context: Context) -> ExitCode:
     if config.dry_run:
         load_method(method)
         scans = scans_to_learn_from(context, method, reference, config.participant_label)
-        print(f"would fit {method} on {reference}")
+        how = training_of(context, method)
+        words = f" with the preset {how.preset} on {how.device}"
+        print(f"would fit {method} on {reference}{words * (available()[method].kind == 'neural')}")
         return _show([_planned(s, "to learn from") for s in scans])
     write_root(config, {})
     write_logs(config, context.uuid, None)

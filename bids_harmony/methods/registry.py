@@ -255,11 +255,13 @@ def _require(card: MethodCard) -> None:
 
 def methods_table() -> str:
     """Markdown table of `available`, for the documentation."""
-    head = "| method | kind | modalities | sites to train | paired | labels | grid | monotone |"
+    names = "method, kind, modalities, sites to train, paired, labels, grid, monotone, adapts"
+    head = f"| {' | '.join(names.split(', '))} |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     rows += [
         f"| `{card.name}` | {card.kind} | {', '.join(card.modalities)} | {card.sites_to_train} "
-        f"| {_yes(card.paired)} | {_yes(card.labels)} | {card.grid} | {_yes(card.monotone)} |"
+        f"| {_yes(card.paired)} | {_yes(card.labels)} | {card.grid} | {_yes(card.monotone)} "
+        f"| {_yes(card.adapts)} |"
         for card in available().values()
     ]
     return "\n".join(rows) + "\n"

@@ -14,7 +14,7 @@ import numpy as np
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.scan import Scan
-from bids_harmony.errors import NothingSelectedError, UsageError
+from bids_harmony.errors import HarmonyError, NothingSelectedError, UsageError
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import IntensityScale, median_scale
 from bids_harmony.interfaces.files import sha256
@@ -114,13 +114,28 @@ def fit_reference(
     with one_at_a_time(scratch.parent, scratch.name):
         scratch.mkdir(parents=True, exist_ok=True)
         training = replace(fit.training, folder=scratch)
-        model = kind.fit(volumes, seed=job.prep.seed, training=training)
+        model = _train(kind, volumes, job.prep.seed, training)
         meta["scores"] |= model.scores()
         meta["training"] = {"preset": training.preset, "device": training.device}
         save_bundle(folder, model, meta=meta, files=model.files())
         if job.clean:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder, outcomes
+
+
+def _train(
+    kind: type[NeuralMethod], volumes: StoredVolumes, seed: int, training: Training
+) -> NeuralMethod:
+    """Train; memory that runs out is told in one line."""
+    try:
+        return kind.fit(volumes, seed=seed, training=training)
+    except (MemoryError, RuntimeError) as error:  # of a GPU: a RuntimeError
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+            raise
+        raise HarmonyError(
+            f"training {kind.name} with the preset {training.preset} ran out of memory on "
+            f"{training.device}; take a smaller preset, another --device or a larger machine"
+        ) from error
 
 
 def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing) -> str:
