@@ -31,7 +31,7 @@ SPLINE: dict[str, dict[str, Any]] = {
     "paper": {},
 }
 AFFINE: dict[str, dict[str, Any]] = {
-    "cpu": {"widths": (8, 16), "blocked": True, "split": True, "noise_couplings": 0},
+    "cpu": {"widths": (16,), "blocked": True, "split": True, "noise_couplings": 0},
     "paper": {},
 }
 

@@ -165,7 +165,8 @@ class SplineFlow(Flow):
     Each level squeezes 2 x 2 pixels into channels and does `steps` steps; all levels but the last
     then give half of the channels away as latents.
 
-    The defaults are those of BlindHarmony (14.4 million parameters at one channel).
+    The defaults are those of BlindHarmony (14.5 million parameters at one channel). For training
+    on a CPU: 3 levels of 4 steps, hidden 16, 1 block (83 thousand parameters).
 
     Parameters
     ----------
