@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import nibabel as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rows import Row, Rows, facts
+from benchmarks.rows import TIMES, Row, Rows, facts
 from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
@@ -100,6 +101,8 @@ class Table(ABC):
     judge: ClassVar[str] = "psnr"
     #: The paper's figures: (trial, condition) -> column -> value.
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {}
+    #: Conditions that are shown, but are not part of the mean over conditions.
+    controls: ClassVar[tuple[str, ...]] = ()
     #: Options of both levels.
     options: ClassVar[tuple[str, ...]] = ()
 
@@ -158,8 +161,8 @@ class Prepared:
             write_json(path, median_scale(scales).to_dict())
         return IntensityScale.from_dict(json.loads(path.read_text()))
 
-    def run(self, level: str, *arguments: str) -> float:
-        """Run the command line; wall seconds.
+    def run(self, level: str, *arguments: str) -> tuple[float, float]:
+        """Run the command line; wall seconds, and processor seconds of it and its children.
 
         Raises
         ------
@@ -174,7 +177,7 @@ class Prepared:
             "--nprocs", str(self.settings.nprocs), "--random-seed", str(self.settings.seed),
             "--work-dir", str(self.folder / "nipype"),
         ]  # fmt: skip
-        start = time.perf_counter()
+        start, used = time.perf_counter(), _processor_seconds()
         with log.open("w") as stream:
             stream.write(f"{' '.join(command[1:])}\n")
             stream.flush()
@@ -182,7 +185,13 @@ class Prepared:
         if done.returncode not in (0, 1):
             last = log.read_text().strip().splitlines()[-1]
             raise HarmonyError(f"{level} left with {done.returncode}: {last} (log: {log})")
-        return time.perf_counter() - start
+        return time.perf_counter() - start, _processor_seconds() - used
+
+
+def _processor_seconds() -> float:
+    """Of all child processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def read(path: Path) -> tuple[FloatArray, NDArray[Any]]:
@@ -258,10 +267,11 @@ def _preprocess(table: Table, prep: Prepared) -> None:
     done = [derivative_path(prep.out_dir, s, desc="brain", suffix="mask").is_file() for s in scans]
     if all(done):
         return
-    seconds = prep.run(
+    wall, cpu = prep.run(
         "participant", "--level", "minimal", "--participant-label", *wanted, *table.options
     )
-    _note(prep.folder, "none", scan=seconds / done.count(False))
+    count = done.count(False)
+    _note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
 
 
 def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:
@@ -282,8 +292,7 @@ def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:
         known = {
             **facts(prep.settings.seed, prep.settings.device),
             "model": digest[:12],
-            "seconds": timing.get("scan", ""),
-            "train_seconds": timing.get("train", ""),
+            **{k: timing.get(k, "") for k in TIMES},
         }
         row = Row(trial.label, case.condition, case.name, case.person, status, scores, known)
         rows.add(row)
@@ -303,12 +312,12 @@ def _train(table: Table, trial: Trial, prep: Prepared) -> str:
         print(f"{table.name}: training {trial.label}", flush=True)
         limit = prep.settings.minutes if trial.neural else None
         more = (*trial.train, *(("--max-time", str(limit)) if limit else ()))
-        seconds = prep.run(
+        wall, cpu = prep.run(
             "train", "--method", str(trial.method), "--reference", prep.cohort.reference,
             "--name", trial.label, "--participant-label", *prep.cohort.training,
             *_device(trial, prep), *table.options, *more,
         )  # fmt: skip
-        _note(prep.folder, trial.label, train=seconds)
+        _note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
     return load_bundle(folder).hash
 
 
@@ -320,12 +329,13 @@ def _harmonize(table: Table, trial: Trial, digest: str, prep: Prepared) -> View:
     missing = [k for k, path in paths.items() if not path.is_file()]
     if missing:
         print(f"{table.name}: harmonizing {len(missing)} scans with {trial.label}", flush=True)
-        seconds = prep.run(
+        wall, cpu = prep.run(
             "participant", "--model", trial.label, "--desc", desc, "--output-spaces", "native",
             "--participant-label", *sorted({scans[k].subject for k in missing}),
             *_device(trial, prep), *table.options, *trial.participant,
         )  # fmt: skip
-        _note(prep.folder, trial.label, scan=seconds / len(missing))
+        count = len(missing)
+        _note(prep.folder, trial.label, seconds=wall / count, cpu_seconds=cpu / count)
     scale = prep.reference_scale()
     return lambda scan: scale.apply(read(paths[scan.stem])[0])
 

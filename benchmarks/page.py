@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import Column, Table
-from benchmarks.rows import Mean, Row, below_input, mean_interval
+from benchmarks.rows import TIMES, Mean, Row, below_input, mean_interval
 from bids_harmony.bids.write import atomic_write_text
 
 
@@ -34,8 +34,10 @@ def render(table: Table, rows: Sequence[Row], command: str) -> str:
     for condition in conditions:
         parts.append(f"## {condition}")
         parts.append(_grid(table, [r for r in done if r.condition == condition], condition))
-    if len(conditions) > 1:
-        parts += ["## mean of all", _grid(table, done, "mean")]
+    averaged = [r for r in done if r.condition not in table.controls]
+    if len(conditions) > 1 and averaged:
+        words = f" (without {', '.join(table.controls)})" if table.controls else ""
+        parts += [f"## Mean over conditions{words}", _grid(table, averaged, "mean")]
     parts += _others(table, conditions)
     parts += _worse(table, done)
     parts += ["## Time", _times(done)]
@@ -141,11 +143,16 @@ def _worse(table: Table, rows: Sequence[Row]) -> list[str]:
 
 def _times(rows: Sequence[Row]) -> str:
     """Seconds of the command line per scan, and of training."""
-    lines = [_line(["method", "s per scan, whole pipeline", "s training"])]
-    lines.append(_line(["---", "---:", "---:"]))
+    heads = ["s per scan", "CPU s per scan", "s training", "CPU s training"]
+    lines = [
+        "Whole pipeline; training with the preprocessing of its scans. `none`: brain mask, bias "
+        "field and registration, whose masks and transforms the others reuse.\n",
+        _line(["method", *heads]),
+        _line(["---", *["---:"] * len(heads)]),
+    ]
     for method in dict.fromkeys(r.method for r in rows):
         facts = next(r.facts for r in rows if r.method == method)
-        lines.append(_line([method, str(facts["seconds"]), str(facts["train_seconds"])]))
+        lines.append(_line([method, *(str(facts[k]) for k in TIMES)]))
     return "\n".join(lines)
 
 

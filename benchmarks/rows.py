@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from benchmarks.harness import Case
 
 KEYS = ("method", "condition", "scan", "person", "status")
-FACTS = ("model", "seconds", "train_seconds", "seed", "hardware", "versions", "date")
+#: Per scan (whole pipeline) and of training: wall clock, and processor time of all processes.
+TIMES = ("seconds", "cpu_seconds", "train_seconds", "train_cpu_seconds")
+FACTS = ("model", *TIMES, "seed", "hardware", "versions", "date")
 PACKAGES = ("numpy", "antspyx", "torch")
 RESAMPLES = 10000
 
@@ -182,6 +184,8 @@ def below_input(rows: Sequence[Row], column: str, better: str) -> list[tuple[Row
     for row in rows:
         before = plain.get((row.condition, row.scan))
         if row.method == "none" or before is None or column not in row.scores:
+            continue
+        if not math.isfinite(before):  # the truth itself
             continue
         gain = sign * (row.scores[column] - before)
         if gain < 0:

@@ -93,6 +93,9 @@ def test_scans_below_their_input():
     assert (row.scan, gain) == ("01", -0.5)
     ((row, gain),) = module("rows").below_input(rows, "psnr", "lower")
     assert (row.scan, gain) == ("02", -5)
+    truth = [make_row("none", "as it is", "03", "03", psnr=float("inf")),
+             make_row("hm", "as it is", "03", "03", psnr=40.0)]  # fmt: skip
+    assert module("rows").below_input(truth, "psnr", "higher") == []
 
 
 def test_page():
@@ -191,6 +194,7 @@ class Runs:
             about = "Two sites."
             columns = (harness.Column("psnr", "PSNR", "dB"),)
             trials = ("none", "nyul")
+            options = ("--sloppy",)
 
             def prepare(self, data, folder):
                 (scan,) = harness.scans_of(root, ["04"])

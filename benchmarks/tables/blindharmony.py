@@ -78,6 +78,7 @@ class BlindHarmony(Table):
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
     )  # fmt: skip
+    controls: ClassVar[tuple[str, ...]] = (IDENTITY,)
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
         (trial, condition): {"field_psnr": psnr, "field_ssim": ssim}
         for trial, condition, psnr, ssim in (

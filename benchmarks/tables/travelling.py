@@ -64,6 +64,7 @@ class Travelling(Table):
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
     )  # fmt: skip
+    controls: ClassVar[tuple[str, ...]] = (REFERENCE,)
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
         ("hail", "mean"): {"nwd_ip": 94.63, "nwd_tp": 11.87, "ravd_input_gm": 7.06,
                            "ravd_input_wm": 13.42}
