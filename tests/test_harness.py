@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nb
 import numpy as np
 import pytest
-from conftest import Brains, DataSet
+from conftest import IDENTITY, Brains, DataSet
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
@@ -254,3 +254,34 @@ def test_missing_data_are_named(tmp_path):
     table = module("tables").TABLES["blindharmony-1-3"]
     with pytest.raises(errors.MissingInputError, match="sub-nov52 does not exist"):
         table.prepare(tmp_path / "nowhere", tmp_path / "work")
+
+
+def test_the_fine_scan_is_averaged_over_thick_slices(tmp_path):
+    """A linear image keeps its values at the centres of the thick voxels, whatever the grids."""
+    slope = np.array([1.0, -2.0, 0.5])
+
+    def ramp(shape, affine):
+        places = nb.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+        return (100 + places @ slope).astype(np.float32)
+
+    turn = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]])
+    thick = np.eye(4)
+    thick[:3, :3] = turn @ np.diag([1.0, 1.25, 5.0])
+    thick[:3, 3] = (-9, -9, -12)
+    fine = np.diag([-1.0, 1.0, 1.0, 1.0])
+    fine[:3, 3] = (30, -30, -30)
+    shapes = {"fine": (60, 60, 60), "thick": (16, 12, 5)}
+
+    class Prep:
+        folder = tmp_path
+
+        def corrected(self, scan):
+            grid = {"fine": fine, "thick": thick}[scan]
+            return ramp(shapes[scan], grid), grid
+
+    (tmp_path / "identity.txt").write_text(IDENTITY)
+    pair = module("tables.real_pair").RealPair()
+    found = pair._moved(
+        ramp(shapes["fine"], fine), "fine", "thick", Prep(), tmp_path / "identity.txt"
+    )
+    np.testing.assert_allclose(found, ramp(shapes["thick"], thick), atol=1e-3)
