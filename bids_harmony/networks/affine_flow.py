@@ -23,8 +23,8 @@ class AffineFlow(Flow):
     """Affine couplings on three grids (Beizaee et al. 2023/2025, Harmonizing Flows).
 
     `couplings` checkerboard couplings on the image, squeeze, channel couplings, squeeze, channel
-    couplings. The defaults are the paper's (4.1 million parameters at one channel). For training on
-    a CPU: widths (16,), blocked, split, uniform noise (63 thousand parameters).
+    couplings. The defaults are the paper's (4.1 million parameters at one channel). For training
+    on a CPU: widths (16,), blocked, split, uniform noise (63 thousand parameters).
 
     Parameters
     ----------
