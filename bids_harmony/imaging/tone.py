@@ -21,9 +21,9 @@ FloatArray = NDArray[np.float32]
 
 _SEGMENTS = 32
 _TAIL = 5e-4
-_APART = 2  # voxels: the scale of detail that interpolation between like grids loses
-_PAIRS = 200_000
-_TIE = 1e-2
+_BLOCK = 2  # voxels: large enough to average noise out, small enough for the cortex
+_TIE = 3.0  # of neighbouring segments' slopes to a straight line, relative to the mean evidence
+_PRIOR = 1e-6  # the same, of a slope to 1
 _END_SLOPE = (0.5, 2.0)
 
 
@@ -70,12 +70,13 @@ class ToneCurve:
 def fit_tone(before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_]) -> ToneCurve:
     """Increasing curve whose detail comes nearest to what was done to the brain.
 
-    Interpolation loses detail, so the curve is the one that leaves the least: differences of
-    `after` between voxels two apart along each axis are explained, in least squares, by those of
-    the curve of `before` (piecewise linear, slopes >= 0, weakly tied to their neighbours'). It is
-    the map itself where the method is an increasing map, and the identity plus a constant where
-    a smooth field was added. Beyond the knots it goes on with the outer slopes, bounded to 0.5..2
-    times the brain's gain.
+    Interpolation loses detail, so the curve is the one that leaves little of it. Images are
+    averaged over cubes of 2 x 2 x 2 brain voxels, lest noise that a method removes be taken for
+    tone. The differences of `after` from cube to cube are then explained, in least squares, by
+    those of the curve of `before`, which is piecewise linear with slopes >= 0 that change
+    smoothly. It is the map itself where the method is an increasing map, and nearly the identity
+    plus a constant where a smooth field was added or where there is too little to see. Beyond the
+    knots it goes on with the outer slopes, bounded to 0.5..2 times the brain's gain.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def fit_tone(before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_])
         raise ScanError("the harmonized image has another shape or holds NaN or infinite values")
     targets = np.asarray(after[mask], dtype=np.float64)
     x = _knots(values)
-    slopes = _slopes(x, *_differences(before, after, mask))
+    slopes = _slopes(x, values, targets, np.asarray(mask, dtype=bool))
     y = np.append(0.0, np.cumsum(slopes * np.diff(x)))
     gain = float(targets.mean() / values.mean()) if targets.mean() * values.mean() > 0 else 1.0
     start, end = np.clip(slopes[[0, -1]], _END_SLOPE[0] * gain, _END_SLOPE[1] * gain)
@@ -126,34 +127,47 @@ def _knots(values: Float64Array) -> Float64Array:
     return np.linspace(low, high, _SEGMENTS + 1)
 
 
-def _differences(
-    before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_]
-) -> tuple[Float64Array, Float64Array, Float64Array]:
-    """Input at both ends of pairs of brain voxels, and the difference of the results."""
-    firsts, seconds, steps = [], [], []
-    for axis in range(3):
-        near = tuple(slice(None, -_APART) if a == axis else slice(None) for a in range(3))
-        far = tuple(slice(_APART, None) if a == axis else slice(None) for a in range(3))
-        index = np.flatnonzero(mask[near] & mask[far])
-        index = index[:: max(index.size // _PAIRS, 1)]
-        firsts.append(before[near].ravel()[index])
-        seconds.append(before[far].ravel()[index])
-        steps.append(after[far].ravel()[index] - after[near].ravel()[index])
-    first, second, step = (np.concatenate(p).astype(np.float64) for p in (firsts, seconds, steps))
-    return first, second, step
-
-
 def _slopes(
-    x: Float64Array, first: Float64Array, second: Float64Array, step: Float64Array
+    x: Float64Array, values: Float64Array, targets: Float64Array, mask: NDArray[np.bool_]
 ) -> Float64Array:
-    """Slope of each segment, >= 0, that explains the steps best."""
+    """Slope of each segment, >= 0, that explains the differences between blocks best."""
+    block = _Blocks(mask)
+    steps = block.steps(targets)
+    ramps = np.empty((steps.size, _SEGMENTS))
     least, most = np.zeros(_SEGMENTS), np.diff(x)
     least[0], most[-1] = -np.inf, np.inf  # the outer segments go on beyond the knots
-    ramps = np.clip(second[:, None] - x[:-1], least, most)
-    ramps -= np.clip(first[:, None] - x[:-1], least, most)
-    normal, right = ramps.T @ ramps, ramps.T @ step
+    for k in range(_SEGMENTS):
+        ramps[:, k] = block.steps(np.clip(values - x[k], least[k], most[k]))
+    normal, right = ramps.T @ ramps, ramps.T @ steps
     weight = max(float(np.trace(normal)) / _SEGMENTS, 1e-12)
-    bend = np.diff(np.eye(_SEGMENTS), axis=0)
-    normal += _TIE * weight * (bend.T @ bend) + 1e-9 * weight * np.eye(_SEGMENTS)
+    bend = np.diff(np.eye(_SEGMENTS), n=2, axis=0)
+    normal += _TIE * weight * (bend.T @ bend) + _PRIOR * weight * np.eye(_SEGMENTS)
+    right += _PRIOR * weight
     lower = np.linalg.cholesky(normal)
     return nnls(lower.T, np.linalg.solve(lower, right))[0]
+
+
+class _Blocks:
+    """Means over cubes of voxels of the brain, and their differences to the next cubes."""
+
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        shape = tuple(-(-n // _BLOCK) for n in mask.shape)
+        index = np.argwhere(mask) // _BLOCK
+        self._cell = np.ravel_multi_index(tuple(index.T), shape)
+        self._size = int(np.prod(shape))
+        counts = np.bincount(self._cell, minlength=self._size)
+        full = (counts >= _BLOCK**3 / 2).reshape(shape)
+        self._counts = np.maximum(counts, 1)
+        cells = np.arange(self._size).reshape(shape)
+        pairs = []
+        for axis in range(3):
+            near = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
+            far = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
+            both = full[near] & full[far]
+            pairs.append(np.stack([cells[near][both], cells[far][both]]))
+        self._near, self._far = np.concatenate(pairs, axis=1)
+
+    def steps(self, values: Float64Array) -> Float64Array:
+        """Differences of the means of brain values (in array order)."""
+        means = np.bincount(self._cell, values, self._size) / self._counts
+        return means[self._far] - means[self._near]
