@@ -24,7 +24,6 @@ def render(table: Table, rows: Sequence[Row], command: str) -> str:
     """The page's Markdown."""
     done = [r for r in rows if r.status == "ok"]
     parts = [
-        "---\norphan: true\n---",
         f"# {table.title}",
         table.about,
         _made(done, command),
@@ -90,7 +89,7 @@ def _grid(table: Table, rows: Sequence[Row], condition: str) -> str:
 
 
 def _heading(column: Column) -> str:
-    arrow = "↑" if column.better == "higher" else "↓"
+    arrow = {"higher": "↑", "lower": "↓", "one": "→ 1"}[column.better]
     unit = f" ({column.unit})" if column.unit else ""
     return f"{column.heading}{unit} {arrow}"
 
@@ -101,6 +100,8 @@ def _best(
     values = [m.value for k in methods if (m := means[k, column.name]) and math.isfinite(m.value)]
     if not values:
         return math.nan
+    if column.better == "one":
+        return min(values, key=lambda v: abs(v - 1))
     return max(values) if column.better == "higher" else min(values)
 
 
@@ -131,7 +132,9 @@ def _worse(table: Table, rows: Sequence[Row]) -> list[str]:
     column = next(c for c in table.columns if c.name == table.judge)
     worse = below_input(rows, column.name, column.better)
     title = f"## Below their own input ({column.heading})"
-    tried = [r for r in rows if r.method != "none"]
+    known = {(r.condition, r.scan) for r in rows
+             if r.method == "none" and math.isfinite(r.scores.get(column.name, math.nan))}  # fmt: skip
+    tried = [r for r in rows if r.method != "none" and (r.condition, r.scan) in known]
     if not worse:
         return [title, f"None of {len(tried)} scans."]
     lines = [

@@ -67,13 +67,13 @@ class BlindHarmony(Table):
         Column("ssim", "SSIM, brain", digits=3),
         Column("field_psnr", "PSNR, field", "dB"),
         Column("field_ssim", "SSIM, field", digits=3),
-        Column("slice_to_truth", "slice jumps / truth's", digits=2, better="lower"),
+        Column("slice_to_truth", "slice jumps / truth's", digits=2, better="one"),
         Column("rank", "rank agreement", digits=4),
         Column("edges", "edge correlation", digits=4, shown=False),
         Column("slice_x", "slice jumps x", digits=4, better="lower", shown=False),
         Column("slice_y", "slice jumps y", digits=4, better="lower", shown=False),
         Column("slice_z", "slice jumps z", digits=4, better="lower", shown=False),
-        Column("slice_to_input", "slice jumps / input's", better="lower", shown=False),
+        Column("slice_to_input", "slice jumps / input's", better="one", shown=False),
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",

@@ -51,7 +51,7 @@ class Travelling(Table):
         Column("ravd_gm", "rAVD GM", "%", 1, "lower"),
         Column("ravd_wm", "rAVD WM", "%", 1, "lower"),
         Column("ravd_csf", "rAVD CSF", "%", 1, "lower"),
-        Column("slice_to_truth", "slice jumps / truth's", "", 2, "lower"),
+        Column("slice_to_truth", "slice jumps / truth's", "", 2, "one"),
         Column("rank", "rank agreement", "", 4),
         *(Column(f"ravd_input_{t}", f"rAVD {t.upper()} to input", "%", 1, "lower", shown=False)
           for t in ("gm", "wm", "csf")),
@@ -59,7 +59,7 @@ class Travelling(Table):
           for t in ("gm", "wm", "csf")),
         Column("edges", "edge correlation", "", 4, shown=False),
         *(Column(f"slice_{k}", f"slice jumps {k}", "", 4, "lower", shown=False) for k in "xyz"),
-        Column("slice_to_input", "slice jumps / input's", "", 2, "lower", shown=False),
+        Column("slice_to_input", "slice jumps / input's", "", 2, "one", shown=False),
     )  # fmt: skip
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
