@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Column:
-    """One score: its heading in the table, unit, digits, and what is better: ``higher``, ``lower``, or ``one``."""
+    """One score: heading, unit, digits, and what is better: ``higher``, ``lower`` or ``one``."""
 
     name: str
     heading: str

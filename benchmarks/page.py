@@ -132,8 +132,8 @@ def _worse(table: Table, rows: Sequence[Row]) -> list[str]:
     column = next(c for c in table.columns if c.name == table.judge)
     worse = below_input(rows, column.name, column.better)
     title = f"## Below their own input ({column.heading})"
-    known = {(r.condition, r.scan) for r in rows
-             if r.method == "none" and math.isfinite(r.scores.get(column.name, math.nan))}  # fmt: skip
+    plain = [r for r in rows if math.isfinite(r.scores.get(column.name, math.nan))]
+    known = {(r.condition, r.scan) for r in plain if r.method == "none"}
     tried = [r for r in rows if r.method != "none" and (r.condition, r.scan) in known]
     if not worse:
         return [title, f"None of {len(tried)} scans."]
