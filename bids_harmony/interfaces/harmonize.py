@@ -67,6 +67,7 @@ class Harmonize(TimedInterface):
             mask=mask,
             modality=self.inputs.modality,
             spacing=tuple(float(z) for z in nb.affines.voxel_sizes(affine)),  # type: ignore[arg-type]
+            axes=nb.orientations.aff2axcodes(affine),
             site=self.inputs.site,
             name=self.inputs.name,
         )

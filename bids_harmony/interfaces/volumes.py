@@ -47,6 +47,7 @@ class StoredVolumes(Sequence[Volume]):
             mask=load_mask(f"{stem}_mask.nii"),
             modality=facts["modality"],
             spacing=(float(zooms[0]), float(zooms[1]), float(zooms[2])),
+            axes=nb.orientations.aff2axcodes(affine),
             site=facts["site"],
             name=facts["name"],
             subject=facts["subject"],

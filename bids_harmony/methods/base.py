@@ -62,6 +62,8 @@ class Volume:
         ``T1w``, ``T2w`` or ``FLAIR``.
     spacing
         Voxel size in mm.
+    axes
+        Side to which each array axis runs: R or L, A or P, S or I.
     site
         Site label, ``n/a`` when unknown.
     name
@@ -74,6 +76,7 @@ class Volume:
     mask: BoolArray
     modality: str
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    axes: tuple[str, str, str] = ("R", "A", "S")
     site: str = "n/a"
     name: str = ""
     subject: str = ""

@@ -1,0 +1,267 @@
+"""What Harmonizing Flows and BlindHarmony share: parts per modality, grid, refusal, bundle."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.imaging.change import extend_change
+from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
+from bids_harmony.imaging.tone import ToneCurve
+from bids_harmony.methods.base import (
+    Contract,
+    Harmonized,
+    NeuralMethod,
+    Training,
+    Volume,
+)
+from bids_harmony.methods.flow_training import Part, Preset, fit_part
+from bids_harmony.methods.likelihood import Normal, bits_of_brain
+from bids_harmony.methods.tone import Tone, load_arrays, state_arrays
+from bids_harmony.networks.flow import Flow
+from bids_harmony.networks.harmonizer import HarmonizerUNet
+
+_MOST_CHANGE = 0.3  # of the scale, beyond the tone: more is invention, not harmonization
+
+
+@dataclass
+class Case:
+    """One scan on its way through a method.
+
+    Attributes
+    ----------
+    grid
+        The brain on the model's grid.
+    image, mask
+        The same as tensors.
+    curve
+        Its tone curve.
+    start
+        The brain after the curve.
+    details, warnings
+        For the sidecar and the report.
+    """
+
+    grid: ModelGrid
+    image: Tensor
+    mask: Tensor
+    curve: ToneCurve
+    start: Tensor
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class FlowMethod(NeuralMethod):
+    """A method that has a flow of the reference domain for each modality.
+
+    Subclasses give `presets_by_name`, `axis`, `_build`, `_refine` and, if they adapt, `adapt`.
+
+    Parameters
+    ----------
+    parts
+        What was learned, by modality.
+    preset
+        With which it was trained.
+    """
+
+    #: Sizes and lengths by preset's name.
+    presets_by_name: ClassVar[Mapping[str, Preset]]
+    #: Across which axis (0 sagittal, 1 coronal, 2 axial) the flow's slices lie.
+    axis: ClassVar[int]
+
+    def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
+        if not parts:
+            raise ScanError(f"{self.name}: the model has no modality")
+        self._parts, self._preset = dict(sorted(parts.items())), preset
+        self._device, self._threads = "cpu", 1
+        self._files: dict[str, bytes] = {}
+
+    @classmethod
+    def contract_for(cls, modalities: Sequence[str]) -> Contract:
+        """The scan's own grid, robust scale, skull-stripped; regridding is the method's."""
+        return Contract(tuple(modalities))
+
+    @property
+    def contract(self) -> Contract:
+        """The contract for the fitted modalities."""
+        return self.contract_for(tuple(self._parts))
+
+    @classmethod
+    def fit(
+        cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """Train tone, networks and flow for each modality; one subject in five is held out."""
+        training = training or Training()
+        if training.preset not in cls.presets_by_name:
+            known = ", ".join(cls.presets_by_name)
+            raise UsageError(f"{cls.name}: no preset {training.preset!r}; choose from {known}")
+        preset = cls.presets_by_name[training.preset]
+        groups: dict[str, list[int]] = {}
+        for index in range(len(volumes)):
+            groups.setdefault(volumes[index].modality, []).append(index)
+        parts: dict[str, Part] = {}
+        files: dict[str, bytes] = {}
+        torch.set_num_threads(training.threads)
+        for modality, indices in sorted(groups.items()):
+            share = Training(
+                training.preset,
+                training.max_minutes / len(groups) if training.max_minutes else None,
+                training.device,
+                training.threads,
+                training.folder / modality if training.folder else None,
+            )
+            chosen = [volumes[i] for i in indices]
+            parts[modality], extra = fit_part(cls, chosen, preset, seed, share)
+            files |= {f"{modality}_{name}": content for name, content in extra.items()}
+        method = cls(parts, training.preset)
+        method._files = files
+        return method
+
+    @classmethod
+    @abstractmethod
+    def build(cls, preset: Preset) -> tuple[Flow, HarmonizerUNet | None]:
+        """The untrained flow, and the untrained harmonizer if the method has one."""
+
+    @abstractmethod
+    def _refine(self, part: Part, case: Case, seed: int) -> Tensor:
+        """Harmonized brain on the model's grid; may add details and warnings to the case."""
+
+    def place_on(self, device: str, threads: int) -> None:
+        """Run on this device with this many CPU threads from now on."""
+        self._device, self._threads = device, threads
+        for part in self._parts.values():
+            part.to(device)
+
+    def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
+        """Make `volume` look like the reference domain.
+
+        Raises
+        ------
+        ScanError
+            If the model has no such modality, the brain is unusable, or it is so unlikely under
+            the flow that it cannot be a brain of this modality in this orientation.
+        """
+        torch.set_num_threads(self._threads)
+        torch.manual_seed(seed)
+        part = self._part(volume)
+        case = self._case(part, volume)
+        bits = {
+            "input": self._bits(part, case.image, case),
+            "tone": self._bits(part, case.start, case),
+        }
+        self._check(part.normal, bits["tone"], volume, case)
+        result = self._refine(part, case, seed)
+        change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
+        result = (case.start + change).clamp(min=0) * case.mask
+        bits["output"] = self._bits(part, result, case)
+        if not bits["output"] <= max(bits["tone"], part.normal.flag):
+            case.warnings.append(
+                "The networks made the scan less likely than its tone curve alone did; only the "
+                "curve was applied."
+            )
+            result, bits["output"] = case.start, bits["tone"]
+        case.details["bits_per_dimension"] = {
+            **{k: round(v, 4) for k, v in bits.items() if np.isfinite(v)},
+            "held_out_reference": round(part.normal.mean, 4),
+        }
+        data = self._to_scan(volume, case, (result - case.start).numpy())
+        return Harmonized(data, case.details, tuple(case.warnings))
+
+    def _part(self, volume: Volume) -> Part:
+        if volume.modality not in self._parts:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model was fitted on "
+                f"{', '.join(self._parts)} only; train it on {volume.modality} too"
+            )
+        return self._parts[volume.modality]
+
+    def _case(self, part: Part, volume: Volume) -> Case:
+        try:
+            grid = to_model_grid(
+                volume.data, volume.mask, volume.spacing, volume.axes, part.resolution
+            )
+            image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
+            curve = part.tone.curve(image, mask)
+        except ScanError as error:
+            raise ScanError(f"{volume.name or 'scan'}: {error}") from error
+        start = torch.from_numpy(np.where(grid.mask, np.maximum(curve(grid.data), 0), 0))
+        return Case(grid, image, mask, curve, start.float())
+
+    def _bits(self, part: Part, image: Tensor, case: Case) -> float:
+        return bits_of_brain(part.flow, image, case.mask, self.axis)
+
+    def _check(self, normal: Normal, bits: float, volume: Volume, case: Case) -> None:
+        """Refuse or flag what is not a brain of the modality; ``bits`` are after the tone."""
+        if not bits <= normal.refuse:
+            raise ScanError(
+                f"{volume.name or 'scan'}: {bits:.2f} bits per dimension, the reference domain's "
+                f"brains have {normal.mean:.2f} (refused above {normal.refuse:.2f}): not a "
+                f"{volume.modality} brain in the usual orientation, or full of artefacts; check "
+                "modality, mask and header, or use a statistical method"
+            )
+        if bits > normal.flag:
+            case.warnings.append(
+                f"Unlike the reference domain even after its tone was mapped: {bits:.2f} bits per "
+                f"dimension, its own brains have {normal.mean:.2f}."
+            )
+
+    @staticmethod
+    def _to_scan(volume: Volume, case: Case, rest: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The curve on the scan's own voxels, and the rest of the change interpolated to them."""
+        result = case.curve(volume.data)
+        if rest.any():
+            reach = extend_change(rest, case.grid.mask, 3)
+            result = result + case.grid.to_scan(reach)
+        inside = np.asarray(volume.mask, dtype=bool)
+        return np.where(inside, np.maximum(result, 0), 0).astype(np.float32)
+
+    def files(self) -> Mapping[str, bytes]:
+        """Training curves, samples of the flow and held-out bits; empty after loading."""
+        return dict(self._files)
+
+    def scores(self) -> Mapping[str, Any]:
+        """Held-out scores of the training, by modality."""
+        return {modality: dict(part.scores) for modality, part in self._parts.items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Weights of every part, keys ``<modality>/<network>/<weight>``."""
+        found: dict[str, NDArray[Any]] = {}
+        for modality, part in self._parts.items():
+            arrays = {**part.tone.arrays(), **state_arrays(part.flow, "flow")}
+            if part.harmonizer is not None:
+                arrays |= state_arrays(part.harmonizer, "harmonizer")
+            found |= {f"{modality}/{key}": value for key, value in arrays.items()}
+        return found
+
+    def params(self) -> dict[str, Any]:
+        """Preset, and for each modality the resolution, held-out bits and scores."""
+        return {
+            "preset": self._preset,
+            "parts": {modality: part.params() for modality, part in self._parts.items()},
+        }
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
+        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
+        parts = {}
+        for modality, content in params["parts"].items():
+            prefix = f"{modality}/"
+            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            parts[modality] = cls._part_from(own, content)
+        return cls(parts, str(params["preset"]))
+
+    @classmethod
+    def _part_from(cls, arrays: Mapping[str, NDArray[Any]], content: Mapping[str, Any]) -> Part:
+        part = Part.empty(Tone.from_arrays(arrays), content)
+        load_arrays(part.flow, arrays, "flow")
+        if part.harmonizer is not None:
+            load_arrays(part.harmonizer, arrays, "harmonizer")
+        return part

@@ -1,0 +1,341 @@
+"""Training of a flow method on one modality: tone, harmonizer, flow, what is normal for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bids_harmony.errors import ScanError
+from bids_harmony.imaging.model_grid import to_model_grid
+from bids_harmony.methods.base import Training, Volume
+from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of
+from bids_harmony.methods.tone import Brain, Tone, fit_tone_model
+from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
+from bids_harmony.networks.flow import Flow, build_flow
+from bids_harmony.networks.harmonizer import HarmonizerUNet
+from bids_harmony.training.degrade import degrade_slabs
+from bids_harmony.training.fit import Plan, Trained, train_network
+from bids_harmony.training.slices import canvas_size, draw_slabs
+
+if TYPE_CHECKING:
+    from bids_harmony.methods.flow_method import FlowMethod
+
+LOG = logging.getLogger("bids_harmony")
+_HELD_OUT = 0.2
+_CHECKED = 32  # slices of the held-out score
+_NEGATIVE = 20 / 255  # least change of a negative example, Harmonizing Flows
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes and lengths of a training.
+
+    Attributes
+    ----------
+    resolution
+        Voxel size of the model's grid in mm.
+    batch
+        Slices of a step.
+    tone_samples, tone_epochs
+        Of the tone network.
+    flow, harmonizer
+        Arguments of the flow's class, and of `HarmonizerUNet` (empty: none).
+    flow_plan, harmonizer_plan
+        How long to train them.
+    negatives
+        Share of degraded slices that the flow is taught to find unlikely (guided training).
+    """
+
+    resolution: float
+    batch: int
+    tone_samples: int
+    tone_epochs: int
+    flow: Mapping[str, Any]
+    flow_plan: Plan
+    harmonizer: Mapping[str, Any] = field(default_factory=dict)
+    harmonizer_plan: Plan | None = None
+    negatives: float = 0.0
+
+
+@dataclass
+class Part:
+    """What a flow method learned of one modality.
+
+    Attributes
+    ----------
+    resolution
+        Voxel size of the model's grid in mm.
+    tone, flow, harmonizer
+        The networks.
+    normal
+        Bits per dimension of held-out reference brains.
+    scores
+        Held-out scores and facts of the training.
+    """
+
+    resolution: float
+    tone: Tone
+    flow: Flow
+    harmonizer: HarmonizerUNet | None
+    normal: Normal
+    scores: Mapping[str, Any]
+
+    def to(self, device: str) -> None:
+        """Move the networks; the tone's stays on the CPU, where its histogram is."""
+        self.flow.to(device)
+        if self.harmonizer is not None:
+            self.harmonizer.to(device)
+
+    def params(self) -> dict[str, Any]:
+        """JSON-serialisable form of all but the weights."""
+        return {
+            "resolution": self.resolution,
+            "flow": self.flow.config(),
+            "harmonizer": self.harmonizer.config() if self.harmonizer else None,
+            "normal": self.normal.to_dict(),
+            "scores": dict(self.scores),
+        }
+
+    @classmethod
+    def empty(cls, tone: Tone, content: Mapping[str, Any]) -> Part:
+        """A part with untrained networks, from `params`."""
+        harmonizer = content["harmonizer"]
+        flow = build_flow(content["flow"])
+        flow.eval().requires_grad_(False)
+        return cls(
+            float(content["resolution"]),
+            tone,
+            flow,
+            HarmonizerUNet.from_config(harmonizer) if harmonizer else None,
+            Normal.from_dict(content["normal"]),
+            content["scores"],
+        )
+
+
+def fit_part(
+    method: type[FlowMethod],
+    volumes: Sequence[Volume],
+    preset: Preset,
+    seed: int,
+    training: Training,
+) -> tuple[Part, dict[str, bytes]]:
+    """Train everything that a method needs for one modality.
+
+    Returns
+    -------
+    part, files
+        What was learned; training curves and pictures.
+
+    Raises
+    ------
+    ScanError
+        If fewer than two subjects are left, one of which is held out.
+    """
+    start = monotonic()
+    brains, held_out = split_by_subject(volumes, preset.resolution)
+    tone, tone_scores = fit_tone_model(
+        brains,
+        held_out,
+        samples=preset.tone_samples,
+        epochs=preset.tone_epochs,
+        seed=seed,
+        minutes=_share(training, 0.2),
+    )
+    LOG.info("tone: held-out error %(before).4f, corrected %(after).4f", tone_scores)
+    torch.manual_seed(seed)
+    flow, harmonizer = method.build(preset)
+    runs: dict[str, Trained] = {}
+    rest = 1.0 if harmonizer is None else 0.5
+    if harmonizer is not None:
+        runs["harmonizer"] = _train_harmonizer(
+            harmonizer, brains, held_out, preset, seed, training
+        )
+    runs["flow"] = _train_flow(
+        flow, brains, held_out, preset, seed, training, method.axis, 0.8 * rest
+    )
+    flow.eval().requires_grad_(False)
+    bits = _bits_of(flow, tone, held_out, method.axis), _bits_of(flow, tone, brains, method.axis)
+    normal = replace(normal_of(bits[0]), deviation=normal_of([*bits[0], *bits[1]]).deviation)
+    scores = {
+        "tone_error": {k: round(v, 5) for k, v in tone_scores.items()},
+        "held_out_bits_per_dimension": [round(b, 4) for b in bits[0]],
+        "training_bits_per_dimension": [round(b, 4) for b in bits[1]],
+        "minutes": round((monotonic() - start) / 60, 1),
+        **{
+            name: {
+                "steps": run.steps,
+                "rejected_steps": run.rejected,
+                "best_held_out": round(run.best, 5),
+                "stop_reason": run.stop_reason,
+            }
+            for name, run in runs.items()
+        },
+    }
+    files = {
+        "curves.csv": curves_csv(runs),
+        "training.png": training_png(runs),
+        "samples.png": samples_png(flow, brains[0], method.axis, seed),
+    }
+    part = Part(preset.resolution, tone, flow, harmonizer, normal, scores)
+    return part, files
+
+
+def split_by_subject(
+    volumes: Sequence[Volume], resolution: float
+) -> tuple[list[Brain], list[Brain]]:
+    """Brains on the model's grid, to learn from and held out; no subject is in both.
+
+    The last subjects in alphabetical order are held out: one in five, at least one.
+    """
+    subjects = sorted({v.subject or v.name for v in volumes})
+    if len(subjects) < 2:
+        raise ScanError(
+            "a neural method needs two subjects of the reference domain or more, one of which is "
+            "held out; give more scans or use a statistical method"
+        )
+    apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
+    brains: tuple[list[Brain], list[Brain]] = ([], [])
+    for volume in volumes:
+        grid = to_model_grid(volume.data, volume.mask, volume.spacing, volume.axes, resolution)
+        brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
+        brains[(volume.subject or volume.name) in apart].append(brain)
+    return brains
+
+
+def _share(training: Training, share: float) -> float | None:
+    return None if training.max_minutes is None else share * training.max_minutes
+
+
+def _limited(plan: Plan, training: Training, share: float) -> Plan:
+    limit = _share(training, share)
+    return plan if limit is None else plan.with_limit(limit)
+
+
+def _train_harmonizer(
+    harmonizer: HarmonizerUNet,
+    brains: Sequence[Brain],
+    held_out: Sequence[Brain],
+    preset: Preset,
+    seed: int,
+    training: Training,
+) -> Trained:
+    """Teach the harmonizer to undo `degrade_slabs`; the loss is each slice's error (RMS)."""
+    shapes = [tuple(image.shape) for image, _ in [*brains, *held_out]]
+    side = canvas_size(shapes, (0, 1, 2), harmonizer.divisor)
+    thick = max(harmonizer.slices, 3)
+    middle, around = thick // 2, harmonizer.slices // 2
+
+    def draw(
+        generator: torch.Generator, source: Sequence[Brain] = brains, count: int = preset.batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        clean, mask = draw_slabs(source, count, generator, side=side, thick=thick)
+        seen = degrade_slabs(clean, mask, generator)
+        return seen[:, middle - around : middle + around + 1], clean[:, middle], mask[:, middle]
+
+    def loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        seen, clean, mask = batch
+        seen = seen.contiguous(memory_format=torch.channels_last)
+        error = (harmonizer(seen)[:, 0].float() - clean).square() * mask
+        return (error.sum((1, 2)) / mask.sum((1, 2)) + 1e-6).sqrt().mean()
+
+    checks = draw(torch.Generator().manual_seed(seed + 7), held_out, _CHECKED)
+    assert preset.harmonizer_plan is not None
+    torch.nn.Module.to(harmonizer, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def score() -> float:
+        device = next(harmonizer.parameters()).device
+        return float(loss([part.to(device) for part in checks]))
+
+    return train_network(
+        harmonizer,
+        draw=draw,
+        loss=loss,
+        held_out=score,
+        plan=_limited(preset.harmonizer_plan, training, 0.4),
+        seed=seed,
+        device=training.device,
+        folder=training.folder / "harmonizer" if training.folder else None,
+    )
+
+
+def _train_flow(
+    flow: Flow,
+    brains: Sequence[Brain],
+    held_out: Sequence[Brain],
+    preset: Preset,
+    seed: int,
+    training: Training,
+    axis: int,
+    share: float,
+) -> Trained:
+    """Maximum likelihood on reference slices; with negatives also unlikelihood of degraded ones.
+
+    Harmonizing Flows gives negatives the opposite sign in the loss and bounds it. Here a negative
+    counts until it is one bit less likely than the batch's reference slices, which has the same
+    effect and needs no scale.
+    """
+    shapes = [tuple(image.shape) for image, _ in [*brains, *held_out]]
+    side = canvas_size(shapes, (axis,), flow.divisor)
+
+    def draw(
+        generator: torch.Generator, source: Sequence[Brain] = brains, count: int = preset.batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        clean, mask = draw_slabs(source, count, generator, side=side, axes=(axis,), turned=False)
+        seen = clean
+        if preset.negatives:
+            chosen = torch.rand(count, generator=generator) < preset.negatives
+            worse = degrade_slabs(clean, mask, generator)
+            change = ((worse - clean).abs() * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+            chosen &= change > 0.5 * _NEGATIVE
+            seen = torch.where(chosen[:, None, None, None], worse, clean)
+        else:
+            chosen = torch.zeros(count, dtype=torch.bool)
+        return seen[:, 1:2], mask[:, 1:2].float(), chosen
+
+    def loss(batch: Any, generator: torch.Generator) -> Tensor:
+        seen, _, negative = batch
+        bits = flow.bits_bound(seen, generator=generator)
+        good = bits[~negative].mean() if bool((~negative).any()) else bits.new_zeros(())
+        if not bool(negative.any()):
+            return good
+        gap = (good.detach() + 1.0 - bits[negative]).clamp(min=0)
+        return good + preset.negatives * gap.mean()
+
+    source = torch.Generator().manual_seed(seed + 7)
+    seen, mask = draw_slabs(held_out, _CHECKED, source, side=side, axes=(axis,), turned=False)
+
+    def score() -> float:
+        device = next(flow.parameters()).device
+        bits = [
+            flow.bits_per_dim(s.to(device), m.to(device).float()).mean()
+            for s, m in zip(seen[:, 1:2].split(8), mask[:, 1:2].split(8), strict=True)
+        ]
+        return float(torch.stack(bits).mean())
+
+    return train_network(
+        flow,
+        draw=draw,
+        loss=loss,
+        held_out=score,
+        plan=_limited(preset.flow_plan, training, share),
+        seed=seed,
+        device=training.device,
+        folder=training.folder / "flow" if training.folder else None,
+    )
+
+
+def _bits_of(flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int) -> list[float]:
+    """Bits per dimension of reference brains after their tone was mapped, as any scan's is."""
+    found = []
+    for image, mask in brains:
+        mapped = np.maximum(tone.curve(image, mask)(image.numpy()), 0)
+        start = torch.from_numpy(mapped).float() * mask
+        found.append(bits_of_brain(flow, start, mask, axis))
+    return found

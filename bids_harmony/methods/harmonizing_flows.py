@@ -1,0 +1,157 @@
+"""Harmonizing Flows (Beizaee et al.): a pre-trained harmonizer, adapted to sites by a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bids_harmony.errors import ScanError
+from bids_harmony.methods.base import Adaptation, Volume
+from bids_harmony.methods.flow_method import Case, FlowMethod
+from bids_harmony.methods.flow_training import Part, Preset
+from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
+from bids_harmony.methods.likelihood import slices_of
+from bids_harmony.methods.tone import load_arrays, state_arrays
+from bids_harmony.networks.affine_flow import AffineFlow
+from bids_harmony.networks.flow import Flow
+from bids_harmony.networks.harmonizer import HarmonizerUNet
+from bids_harmony.training.fit import Plan
+
+_CPU = Preset(
+    resolution=2.0,
+    batch=16,
+    tone_samples=900,
+    tone_epochs=120,
+    flow={"widths": (16,), "blocked": True, "split": True, "noise_couplings": 0},
+    flow_plan=Plan(900, 1e-3, every=75, half=False),
+    harmonizer={"slices": 3, "widths": (16, 32, 64), "activation": "leaky-relu"},
+    harmonizer_plan=Plan(2000, 2e-3, every=100),
+    negatives=0.2,
+)
+_PAPER = Preset(
+    resolution=1.0,
+    batch=24,
+    tone_samples=4000,
+    tone_epochs=200,
+    flow={},
+    flow_plan=Plan(40_000, 1e-3, every=500, patience=20, half=False),
+    harmonizer={"slices": 1},
+    harmonizer_plan=Plan(40_000, 1e-3, every=500, patience=20),
+    negatives=0.2,
+)
+
+
+class HarmonizingFlows(FlowMethod):
+    """The scan's tone curve, then a U-Net that undoes what scanners add, adapted by the flow.
+
+    The U-Net sees slices across all three axes and the mean of its three answers is taken, so no
+    plane shows stripes. Its output differs from the tone-mapped scan by a gain for each slice and
+    a map; both are small where the scan is already like the reference domain.
+
+    `adapt` follows the paper's test-time adaptation with bounds of our own: see
+    `guided_adaptation`.
+    """
+
+    name: ClassVar[str] = "harmonizing-flows"
+    adapts: ClassVar[bool] = True
+    axis: ClassVar[int] = 1
+    presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
+    adaptation_plan: ClassVar[AdaptationPlan] = AdaptationPlan()
+
+    @classmethod
+    def build(cls, preset: Preset) -> tuple[Flow, HarmonizerUNet | None]:
+        """Affine-coupling flow and harmonizer of the preset's size."""
+        return AffineFlow(**preset.flow), HarmonizerUNet(**preset.harmonizer)
+
+    def _refine(self, part: Part, case: Case, seed: int) -> Tensor:
+        assert part.harmonizer is not None
+        return apply_harmonizer(part.harmonizer, case.start) * case.mask
+
+    def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
+        """Adapt the harmonizer to the scans of one site and modality; the method is unchanged.
+
+        Raises
+        ------
+        ScanError
+            If no volume can be used, or they are of several modalities.
+        """
+        modalities = {v.modality for v in volumes}
+        if len(modalities) != 1:
+            raise ScanError(f"{self.name} adapts to scans of one modality, not {len(modalities)}")
+        torch.set_num_threads(self._threads)
+        torch.manual_seed(seed)
+        part = self._part(volumes[0])
+        cases = [self._case(part, volumes[i]) for i in range(len(volumes))]
+        assert part.harmonizer is not None
+        harmonizer = deepcopy(part.harmonizer)
+        details = adapt_harmonizer(
+            harmonizer,
+            part.flow,
+            [(case.start, case.mask) for case in cases],
+            normal=part.normal,
+            axis=self.axis,
+            plan=self.adaptation_plan,
+            seed=seed,
+        )
+        arrays = state_arrays(harmonizer, "harmonizer") if details["kept_step"] else {}
+        (modality,) = modalities
+        return Adaptation(arrays, {"modality": modality, **details})
+
+    def adapted(self, adaptation: Adaptation) -> Self:
+        """The method with the adapted harmonizer in place of the pre-trained one."""
+        modality = str(adaptation.details["modality"])
+        if modality not in self._parts:
+            raise ScanError(f"{self.name}: the model was not trained on {modality}")
+        made = type(self)(dict(self._parts), self._preset)
+        made.place_on(self._device, self._threads)
+        if adaptation.arrays:
+            part = self._parts[modality]
+            assert part.harmonizer is not None
+            harmonizer = deepcopy(part.harmonizer)
+            load_arrays(harmonizer, adaptation.arrays, "harmonizer")
+            made._parts[modality] = Part(
+                part.resolution, part.tone, part.flow, harmonizer.to(self._device),
+                part.normal, part.scores,
+            )  # fmt: skip
+        return made
+
+
+def apply_harmonizer(harmonizer: HarmonizerUNet, image: Tensor) -> Tensor:
+    """Mean of the harmonizer's answers across the three axes.
+
+    Parameters
+    ----------
+    harmonizer
+        On any device.
+    image
+        Shape (X, Y, Z), on the CPU.
+    """
+    device = next(harmonizer.parameters()).device
+    total = torch.zeros_like(image)
+    with torch.no_grad():
+        for axis in range(3):
+            out = [
+                harmonizer(s.to(device))[:, 0].float().cpu()
+                for s in slabs(image, axis, harmonizer).split(8)
+            ]
+            height, width = (n for a, n in enumerate(image.shape) if a != axis)
+            stack = torch.cat(out)
+            top, left = (stack.shape[1] - height) // 2, (stack.shape[2] - width) // 2
+            stack = stack[:, top : top + height, left : left + width]
+            total += stack.movedim(0, axis)
+    return total / 3
+
+
+def slabs(image: Tensor, axis: int, harmonizer: HarmonizerUNet) -> Tensor:
+    """Every slice across `axis` with its neighbours, (N, slices, H, W), padded to multiples."""
+    stack, _ = slices_of(image, axis, harmonizer.divisor)
+    reach = harmonizer.slices // 2
+    padded = functional.pad(stack[:, 0], (0, 0, 0, 0, reach, reach))
+    count = stack.shape[0]
+    neighbours = torch.stack([padded[i : i + count] for i in range(harmonizer.slices)], dim=1)
+    return neighbours.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,109 @@
+"""How likely a brain is under the reference domain's flow, and what is too unlikely to touch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bids_harmony.networks.flow import Flow
+from bids_harmony.training.slices import on_canvas
+
+_LEAST_VOXELS = 200
+#: Above the reference brains' mean by so many of their standard deviations, at least so many bits.
+_FLAG, _REFUSE = (4.0, 0.35), (8.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Bits per dimension of held-out brains of the reference domain.
+
+    Attributes
+    ----------
+    mean, deviation
+        Over held-out brains, after their tone was mapped like any scan's.
+    """
+
+    mean: float
+    deviation: float
+
+    @property
+    def flag(self) -> float:
+        """Above it a scan is told to be unlike the reference domain."""
+        return self.mean + max(_FLAG[0] * self.deviation, _FLAG[1])
+
+    @property
+    def refuse(self) -> float:
+        """Above it a scan is refused: not a brain of this contrast and orientation."""
+        return self.mean + max(_REFUSE[0] * self.deviation, _REFUSE[1])
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-serialisable form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Normal:
+        """Inverse of `to_dict`."""
+        return cls(float(content["mean"]), float(content["deviation"]))
+
+
+def normal_of(bits: Sequence[float]) -> Normal:
+    """Mean and standard deviation of some brains' bits per dimension."""
+    spread = float(np.std(bits, ddof=1)) if len(bits) > 1 else 0.0
+    return Normal(float(np.mean(bits)), spread)
+
+
+def usable_slices(mask: Tensor, axis: int) -> list[int]:
+    """Slices across `axis` with at least `_LEAST_VOXELS` brain voxels."""
+    voxels = mask.movedim(axis, 0).flatten(1).sum(1)
+    return [int(i) for i in torch.nonzero(voxels >= _LEAST_VOXELS)[:, 0]]
+
+
+def slices_of(image: Tensor, axis: int, divisor: int) -> tuple[Tensor, tuple[int, int]]:
+    """All slices across `axis`, (N, 1, H, W) padded to multiples, and their height and width."""
+    stack = image.movedim(axis, 0)[:, None]
+    height, width = int(stack.shape[2]), int(stack.shape[3])
+    up = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
+    return on_canvas(stack, *up), (height, width)
+
+
+def bits_of_brain(
+    flow: Flow, image: Tensor, mask: Tensor, axis: int, *, slices: int = 16
+) -> float:
+    """Bits per dimension over brain voxels, from evenly spaced slices.
+
+    Parameters
+    ----------
+    flow
+        Of the reference domain, in eval mode.
+    image, mask
+        Shape (X, Y, Z), model's grid, on the CPU; intensities on the reference domain's scale.
+    axis
+        Across which the flow's slices lie.
+    slices
+        Most slices to look at.
+
+    Returns
+    -------
+    bits
+        Weighted by each slice's brain voxels; infinity if not finite or no slice has enough brain.
+    """
+    usable = usable_slices(mask, axis)
+    if not usable:
+        return float("inf")
+    chosen = [usable[round(i)] for i in np.linspace(0, len(usable) - 1, min(slices, len(usable)))]
+    device = next(flow.parameters()).device
+    stack, _ = slices_of(image.movedim(axis, 0)[chosen], 0, flow.divisor)
+    inside, _ = slices_of(mask.movedim(axis, 0)[chosen].float(), 0, flow.divisor)
+    with torch.no_grad():
+        bits = torch.cat([
+            flow.bits_per_dim(s.to(device), m.to(device)).cpu()
+            for s, m in zip(stack.split(4), inside.split(4), strict=True)
+        ])  # fmt: skip
+    weight = inside.sum((1, 2, 3))
+    found = float((bits * weight).sum() / weight.sum())
+    return found if np.isfinite(found) else float("inf")

@@ -1,0 +1,71 @@
+"""Pictures and tables of a training, for the bundle's folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bids_harmony.networks.flow import Flow
+from bids_harmony.training.fit import Trained
+from bids_harmony.training.slices import canvas_size, on_canvas
+
+_SAMPLES = 4
+_TEMPERATURE = 0.7
+
+
+def curves_csv(runs: Mapping[str, Trained]) -> bytes:
+    """Training loss and held-out score of each network by step."""
+    rows = ["network,step,loss,held_out"]
+    for name, run in runs.items():
+        rows += [
+            f"{name},{int(row['step'])},{row['loss']:.6f},{row['held_out']:.6f}"
+            for row in run.curve
+        ]
+    return ("\n".join(rows) + "\n").encode()
+
+
+def training_png(runs: Mapping[str, Trained]) -> bytes:
+    """The same as a picture."""
+    figure = Figure(figsize=(5 * len(runs), 3), layout="constrained")
+    axes = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axis, (name, run) in zip(axes, runs.items(), strict=True):
+        steps = [row["step"] for row in run.curve]
+        axis.plot(steps, [row["loss"] for row in run.curve], label="training loss")
+        axis.plot(steps, [row["held_out"] for row in run.curve], label="held out")
+        axis.set(title=name, xlabel="step")
+        axis.legend()
+    return _png(figure)
+
+
+def samples_png(flow: Flow, brain: tuple[Tensor, Tensor], axis: int, seed: int) -> bytes:
+    """Slices drawn from the flow (at temperature .7) below slices of a training brain."""
+    image, _ = brain
+    side = canvas_size([tuple(image.shape)], (axis,), flow.divisor)
+    count = image.shape[axis]
+    chosen = [round(count * (i + 2) / (_SAMPLES + 3)) for i in range(_SAMPLES)]
+    real = [on_canvas(image.movedim(axis, 0)[i], side, side) for i in chosen]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        drawn = flow.sample(_SAMPLES, side, side, temperature=_TEMPERATURE, generator=generator)[
+            :, 0
+        ]
+    figure = Figure(figsize=(2 * _SAMPLES, 4.4), layout="constrained")
+    axes = figure.subplots(2, _SAMPLES)
+    for row, slices in enumerate((torch.stack(real), drawn)):
+        for column, values in enumerate(slices):
+            axes[row, column].imshow(
+                torch.nan_to_num(values).numpy().T, cmap="gray", vmin=0, vmax=1.1, origin="lower"
+            )
+            axes[row, column].set_axis_off()
+    figure.suptitle("training slices (top), drawn from the flow (bottom)", fontsize=9)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=80, metadata={"Software": None})
+    return stream.getvalue()

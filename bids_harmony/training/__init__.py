@@ -1,0 +1,1 @@
+"""Training of networks: samples, degradation of images, Lightning plumbing."""

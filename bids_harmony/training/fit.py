@@ -1,0 +1,287 @@
+"""Train one network with Lightning: steps drawn at random, held-out score, resume, best state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bids_harmony.errors import HarmonyError
+
+_REJECTED_LIMIT = 20  # in a row: the training has diverged and does not come back
+
+
+class Batch(Protocol):
+    """What `draw` gives: anything that Lightning can move to a device, such as tensors."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train.
+
+    Attributes
+    ----------
+    steps
+        Most optimizer steps.
+    rate
+        Learning rate of Adam after the warm-up; it falls to nearly 0 along half a cosine.
+    every
+        Steps between two looks at the held-out score.
+    patience
+        Stop after this many looks without a better score.
+    clip
+        Largest norm of the gradient.
+    minutes
+        Time limit, of all sittings of a resumed training together; None for none.
+    half
+        Use bfloat16 for convolutions where the device is fast at it.
+    """
+
+    steps: int
+    rate: float
+    every: int = 100
+    patience: int = 6
+    clip: float = 1.0
+    minutes: float | None = None
+    half: bool = True
+
+    def with_limit(self, minutes: float | None) -> Plan:
+        """The same plan with a time limit."""
+        return replace(self, minutes=minutes)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Attributes
+    ----------
+    curve
+        One row per look at the held-out score: step, training loss, held-out score, seconds.
+    steps, rejected
+        Steps taken, and steps left out because they were not finite.
+    best
+        Held-out score of the state that was kept.
+    stop_reason
+        ``all steps``, ``held-out score no longer improves`` or ``time limit``.
+    """
+
+    curve: tuple[dict[str, float], ...]
+    steps: int
+    rejected: int
+    best: float
+    stop_reason: str
+
+
+def train_network(
+    network: nn.Module,
+    *,
+    draw: Callable[[torch.Generator], Any],
+    loss: Callable[[Any, torch.Generator], Tensor],
+    held_out: Callable[[], float],
+    plan: Plan,
+    seed: int,
+    device: str,
+    folder: Path | None,
+) -> Trained:
+    """Train a network in place; it ends in the state with the lowest held-out score.
+
+    Parameters
+    ----------
+    network
+        Trained in place and left in eval mode on the CPU.
+    draw
+        Makes a batch from a generator (CPU), so that step k sees the same batch in every run.
+    loss
+        Loss of a batch; the generator is on the network's device.
+    held_out
+        Score of the present state, lower is better, called in eval mode without gradients.
+    plan
+        Length and rates.
+    seed
+        Of all draws.
+    device
+        ``cpu`` or ``cuda``.
+    folder
+        For checkpoints: a training that was killed goes on from the last one. None for none.
+
+    Raises
+    ------
+    HarmonyError
+        If the loss is no longer finite.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):  # its notes are not for our users
+        logging.getLogger(name).setLevel(logging.WARNING)
+    module = _Module(network, draw, loss, held_out, plan, seed)
+    best = ModelCheckpoint(
+        dirpath=folder, filename="best", monitor="held_out", save_top_k=1, save_last=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+    stop = EarlyStopping("held_out", patience=plan.patience, check_finite=False)
+    timer = Timer(timedelta(minutes=plan.minutes) if plan.minutes else None, interval="step")
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device.startswith("cuda") else "cpu",
+        devices=1,
+        max_epochs=math.ceil(plan.steps / plan.every),
+        callbacks=[*([best] if folder else []), stop, timer, module.keeper],
+        reload_dataloaders_every_n_epochs=1,
+        enable_checkpointing=folder is not None,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        precision="bf16-mixed" if plan.half and _fast_half(device) else "32-true",
+    )
+    last = folder / "last.ckpt" if folder else None
+    resume = str(last) if last is not None and last.is_file() else None
+    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+    module.keeper.restore(network)
+    network.cpu().eval()
+    reason = "all steps"
+    if timer.time_remaining() is not None and (timer.time_remaining() or 0) <= 0:
+        reason = "time limit"
+    elif stop.stopped_epoch:
+        reason = "held-out score no longer improves"
+    return Trained(tuple(module.curve), module.taken, module.rejected, module.keeper.score, reason)
+
+
+def _fast_half(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Draws(Dataset[Any]):
+    """The batches of one epoch; each has its own generator, so that any of them can be redrawn."""
+
+    def __init__(
+        self, draw: Callable[[torch.Generator], Any], seed: int, first: int, count: int
+    ) -> None:
+        self._draw, self._seed, self._first, self._count = draw, seed, first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._draw(_generator(self._seed, self._first + index))
+
+
+def _generator(seed: int, step: int, device: Any = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+class _Keeper(lightning.Callback):
+    """Keeps the weights with the lowest held-out score, also across sittings."""
+
+    def __init__(self) -> None:
+        self.score, self.state = math.inf, {}  # type: tuple[float, dict[str, Tensor]]
+
+    def look(self, network: nn.Module, score: float) -> None:
+        if score < self.score or not self.state:
+            self.score = score
+            self.state = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+    def restore(self, network: nn.Module) -> None:
+        if self.state:
+            network.load_state_dict(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "state": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score, self.state = state_dict["score"], state_dict["state"]
+
+
+class _Module(lightning.LightningModule):
+    """A network with its loss: manual steps, so that one that is not finite can be left out."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        draw: Callable[[torch.Generator], Any],
+        loss: Callable[[Any, torch.Generator], Tensor],
+        held_out: Callable[[], float],
+        plan: Plan,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = network
+        self.keeper = _Keeper()
+        self._draw, self._loss, self._held_out = draw, loss, held_out
+        self._plan, self._seed = plan, seed
+        self.curve: list[dict[str, float]] = []
+        self.taken = self.rejected = self._in_a_row = 0
+        self._sum, self._count = 0.0, 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        first = self.current_epoch * self._plan.every
+        count = min(self._plan.every, self._plan.steps - first)
+        return DataLoader(_Draws(self._draw, self._seed, first, count), batch_size=None)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), self._plan.rate, betas=(0.9, 0.99))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        step = self.current_epoch * self._plan.every + batch_idx
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        loss = self._loss(batch, _generator(self._seed + 1, step, self.device))
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self._plan.clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            self._reject()
+            return
+        self._in_a_row = 0
+        optimizer.step()
+        self.taken += 1
+        self._sum, self._count = self._sum + float(loss.detach()), self._count + 1
+
+    def _reject(self) -> None:
+        self.rejected += 1
+        self._in_a_row += 1
+        if self._in_a_row >= _REJECTED_LIMIT:
+            raise HarmonyError(
+                f"training: {self._in_a_row} steps in a row were not finite; check the training "
+                "scans for artefacts, or train with another --random-seed"
+            )
+
+    def _rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / 50)
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / max(self._plan.steps, 1))
+        return self._plan.rate * warm * max(fall, 1e-3)
+
+    def on_train_epoch_end(self) -> None:
+        self.network.eval()
+        with torch.no_grad():
+            score = self._held_out()
+        self.network.train()
+        score = score if math.isfinite(score) else math.inf
+        self.keeper.look(self.network, score)
+        self.log("held_out", score)
+        self.curve.append({
+            "step": float(self.taken), "loss": self._sum / max(self._count, 1), "held_out": score,
+        })  # fmt: skip
+        self._sum, self._count = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["progress"] = {
+            "curve": self.curve, "taken": self.taken, "rejected": self.rejected,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.curve, self.taken = list(progress["curve"]), progress["taken"]
+        self.rejected = progress["rejected"]

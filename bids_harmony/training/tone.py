@@ -1,0 +1,200 @@
+"""Teach a `ToneNetwork` on parts of reference brains made to look foreign."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bids_harmony.networks.tone import KNOTS, ToneNetwork, joint_histogram, knots_of
+from bids_harmony.training.degrade import (
+    apply_knots,
+    increasing_map,
+    smooth_field,
+    soften,
+    uniform,
+)
+
+_STEEPNESS = 0.03  # weight of differences between neighbouring knots' errors
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Mean quantiles of the reference domain at ``(i + .5) / n``, and the mapping to them."""
+
+    values: Tensor
+
+    def map_of(self, brain: Tensor) -> Tensor:
+        """Intensities of a brain, (N,), at the same probabilities: knots of its map, (n,)."""
+        count = len(self.values)
+        place = (torch.arange(count) + 0.5) / count * (len(brain) - 1)
+        own = brain.sort().values[place.round().long()]
+        return own + torch.arange(count) * 1e-6  # strictly increasing
+
+    def apply(self, values: Tensor, own: Tensor) -> Tensor:
+        """Map intensities, (N,), by the knots from `map_of`; the end segments go on."""
+        last = len(own) - 1
+        upper = torch.searchsorted(own, values.contiguous()).clamp(1, last)
+        part = (values - own[upper - 1]) / (own[upper] - own[upper - 1])
+        low, high = self.values[upper - 1], self.values[upper]
+        return (low + part.clamp(-2, 3) * (high - low)).clamp(min=0)
+
+
+def mean_quantiles(brains: Sequence[tuple[Tensor, Tensor]], count: int = 256) -> Quantiles:
+    """Mean over brains (image, mask) of their quantiles."""
+    place = (torch.arange(count) + 0.5) / count
+    own = []
+    for image, mask in brains:
+        values = image[mask].sort().values
+        own.append(values[(place * (len(values) - 1)).round().long()])
+    return Quantiles(torch.stack(own).mean(0))
+
+
+def train_tone(
+    brains: Sequence[tuple[Tensor, Tensor]],
+    held_out: Sequence[tuple[Tensor, Tensor]],
+    quantiles: Quantiles,
+    *,
+    samples: int,
+    epochs: int,
+    seed: int,
+    minutes: float | None = None,
+) -> tuple[ToneNetwork, dict[str, float]]:
+    """Train on random parts of `brains`; tell the error on parts of `held_out`.
+
+    Returns
+    -------
+    network
+        In eval mode.
+    scores
+        Root mean square tone error of held-out parts before and after the correction.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = ToneNetwork()
+    features, targets, weights = _samples(brains, quantiles, samples, generator, minutes)
+    network.standardize(features)
+    _fit(network, features, targets, weights, epochs, generator)
+    checks = _samples(held_out, quantiles, max(samples // 8, 4), generator, None)
+    with torch.no_grad():
+        rest = checks[1] - network(checks[0])
+
+    def rms(error: Tensor) -> float:
+        return float((checks[2] * error.square()).sum(1).mean().sqrt())
+
+    return network, {"before": rms(checks[1]), "after": rms(rest)}
+
+
+def foreign_part(
+    image: Tensor, mask: Tensor, quantiles: Quantiles, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One training sample: features, wanted correction at the knots, and weight of each knot.
+
+    A random box of the brain stands for another subject: its tissue fractions differ. It gets a
+    foreign contrast, noise and bias field, and its quantiles are mapped to the reference domain's.
+    What is wanted is the mean difference between the true intensity and the one that the mapping
+    gives without noise and bias field, at each knot.
+    """
+    image, mask = _part(image, mask, generator)
+    clean = image
+    if uniform(0, 1, generator) < 0.3:
+        clean = apply_knots(clean[None], increasing_map(4, 0.35, generator)[None], 1.0)[0]
+        clean = clean + (image - 1).clamp(min=0)
+    pedestal = uniform(0, 0.5, generator) * (uniform(0, 1, generator) < 0.5)
+    clean = pedestal + (1 - pedestal) * clean
+    cells = int(torch.randint(3, 6, (), generator=generator))
+    field = smooth_field(image.shape, cells, generator) * uniform(0, 0.08, generator)
+    noise = torch.randn(image.shape, generator=generator)
+    noise = noise * uniform(0, 1, generator) ** 1.5 * 0.11 * (1 - pedestal)
+    seen = clean * field.exp() + noise
+    if uniform(0, 1, generator) < 0.3:
+        seen = soften(seen[None], uniform(0, 0.5, generator, (1,)))[0]
+    own = quantiles.map_of(seen[mask])
+    mapped = torch.zeros_like(image)
+    mapped[mask] = quantiles.apply(seen[mask], own)
+    intended = quantiles.apply(clean[mask], own)
+    low, part = knots_of(intended)
+    error = image[mask] - intended
+    weight, total = torch.zeros(KNOTS), torch.zeros(KNOTS)
+    for index, share in ((low, 1 - part), (low + 1, part)):
+        weight.index_add_(0, index, share)
+        total.index_add_(0, index, share * error)
+    return joint_histogram(mapped, mask), total / weight.clamp(min=1), weight / weight.sum()
+
+
+def _part(image: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random box of a brain, stretched and bent at random in half of the cases."""
+    if uniform(0, 1, generator) < 0.85:
+        for axis, size in enumerate(image.shape):
+            wide = max(int(size * uniform(0.55, 1, generator)), 8)
+            start = int(torch.randint(size - wide + 1, (), generator=generator))
+            box = (image.narrow(axis, start, wide), mask.narrow(axis, start, wide))
+            if box[1].sum() > 1000:
+                image, mask = box
+    if uniform(0, 1, generator) < 0.5:
+        return image, mask
+    stretch = torch.diag(1 / uniform(0.85, 1.15, generator, (3,)))
+    affine = torch.cat((stretch, torch.zeros(3, 1)), dim=1)[None]
+    grid = functional.affine_grid(affine, [1, 1, *image.shape], align_corners=False)
+    cells = int(torch.randint(4, 11, (), generator=generator))
+    bend = torch.randn((1, 3, cells, cells, cells), generator=generator)
+    bend = bend * uniform(0, 0.25, generator) / cells
+    bend = functional.interpolate(bend, image.shape, mode="trilinear", align_corners=True)
+    grid = grid + bend.permute(0, 2, 3, 4, 1)
+
+    def moved(values: Tensor) -> Tensor:
+        return functional.grid_sample(values[None, None], grid, align_corners=False)[0, 0]
+
+    bent = moved(mask.float()) > 0.5
+    return (moved(image) * bent, bent) if bent.sum() > 1000 else (image, mask)
+
+
+def _samples(
+    brains: Sequence[tuple[Tensor, Tensor]],
+    quantiles: Quantiles,
+    count: int,
+    generator: torch.Generator,
+    minutes: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `count` samples; fewer when time runs out, but one of each brain."""
+    start, rows = monotonic(), []
+    for index in range(count):
+        late = minutes is not None and monotonic() - start > 60 * minutes
+        if late and index >= len(brains):
+            break
+        image, mask = brains[index % len(brains)]
+        rows.append(foreign_part(image, mask, quantiles, generator))
+    features, targets, weights = (torch.stack(part) for part in zip(*rows, strict=True))
+    return features, targets, weights
+
+
+def _fit(
+    network: ToneNetwork,
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    rate = 2e-3
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.02)
+    network.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())  # of the dropout
+        for epoch in range(epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * epoch / epochs))
+            for rows in torch.randperm(len(features), generator=generator).split(_BATCH):
+                jitter = 0.1 * torch.randn((len(rows), features.shape[1]), generator=generator)
+                error = network(features[rows] + jitter * network.spread) - targets[rows]
+                fit = ((weights[rows] * error.square()).sum(1) + 1e-5).sqrt().mean()
+                loss = fit + _STEEPNESS * error.diff(dim=1).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    network.eval()
