@@ -38,6 +38,8 @@ class Case:
 
     Attributes
     ----------
+    modality
+        Of the scan.
     grid
         The brain on the model's grid.
     image, mask
@@ -50,6 +52,7 @@ class Case:
         For the sidecar and the report.
     """
 
+    modality: str
     grid: ModelGrid
     image: Tensor
     mask: Tensor
@@ -193,7 +196,7 @@ class FlowMethod(NeuralMethod):
         except ScanError as error:
             raise ScanError(f"{volume.name or 'scan'}: {error}") from error
         start = torch.from_numpy(np.where(grid.mask, np.maximum(curve(grid.data), 0), 0))
-        return Case(grid, image, mask, curve, start.float())
+        return Case(volume.modality, grid, image, mask, curve, start.float())
 
     def _bits(self, part: Part, image: Tensor, case: Case) -> float:
         return bits_of_brain(part.flow, image, case.mask, self.axis)
