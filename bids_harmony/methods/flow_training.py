@@ -255,6 +255,7 @@ def _train_harmonizer(
 
     return train_network(
         harmonizer,
+        name="harmonizer",
         draw=draw,
         loss=loss,
         held_out=score,
@@ -321,6 +322,7 @@ def _train_flow(
 
     return train_network(
         flow,
+        name="flow",
         draw=draw,
         loss=loss,
         held_out=score,

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bids_harmony.errors import HarmonyError
 
+LOG = logging.getLogger("bids_harmony")
 _REJECTED_LIMIT = 20  # in a row: the training has diverged and does not come back
 
 
@@ -86,6 +87,7 @@ class Trained:
 def train_network(
     network: nn.Module,
     *,
+    name: str,
     draw: Callable[[torch.Generator], Any],
     loss: Callable[[Any, torch.Generator], Tensor],
     held_out: Callable[[], float],
@@ -100,6 +102,8 @@ def train_network(
     ----------
     network
         Trained in place and left in eval mode on the CPU.
+    name
+        Of the network, for the log.
     draw
         Makes a batch from a generator (CPU), so that step k sees the same batch in every run.
     loss
@@ -122,7 +126,7 @@ def train_network(
     """
     for name in ("lightning.pytorch", "lightning.fabric"):  # its notes are not for our users
         logging.getLogger(name).setLevel(logging.WARNING)
-    module = _Module(network, draw, loss, held_out, plan, seed)
+    module = _Module(network, name, draw, loss, held_out, plan, seed)
     best = ModelCheckpoint(
         dirpath=folder, filename="best", monitor="held_out", save_top_k=1, save_last=True,
         enable_version_counter=False,
@@ -208,6 +212,7 @@ class _Module(lightning.LightningModule):
     def __init__(
         self,
         network: nn.Module,
+        name: str,
         draw: Callable[[torch.Generator], Any],
         loss: Callable[[Any, torch.Generator], Tensor],
         held_out: Callable[[], float],
@@ -219,7 +224,7 @@ class _Module(lightning.LightningModule):
         self.network = network
         self.keeper = _Keeper()
         self._draw, self._loss, self._held_out = draw, loss, held_out
-        self._plan, self._seed = plan, seed
+        self._plan, self._seed, self._name = plan, seed, name
         self.curve: list[dict[str, float]] = []
         self.taken = self.rejected = self._in_a_row = 0
         self._sum, self._count = 0.0, 0
@@ -274,6 +279,10 @@ class _Module(lightning.LightningModule):
         self.curve.append({
             "step": float(self.taken), "loss": self._sum / max(self._count, 1), "held_out": score,
         })  # fmt: skip
+        LOG.info(
+            "training %s: step %d of %d, loss %.4f, held out %.4f",
+            self._name, self.taken, self._plan.steps, self.curve[-1]["loss"], score,
+        )  # fmt: skip
         self._sum, self._count = 0.0, 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
