@@ -88,8 +88,7 @@ class Travelling(Table):
     def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
         """Result against the truth in the true brain."""
         root, (scan,) = prep.cohort.bids_dir, case.scans
-        mask, affine = self._brain(root, scan)
-        truth = self._truth(root, scan) * self._level(case.facts["own"], prep)
+        truth, mask, affine = self.truth_of(case, prep)
         known = read(truth_file(root, scan, "dseg"))[0].round().astype(np.uint8)
         image, before = result(scan), prep.scaled(scan)
         labels = segmented({"image": image, "before": before, "truth": truth}, affine, mask)
@@ -100,6 +99,14 @@ class Travelling(Table):
             **jumps(before, image, truth, mask),
             **anatomy(before, image, mask),
         }
+
+    def truth_of(
+        self, case: Case, prep: Prepared
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[Any]]:
+        """Truth of a case on the common scale, true brain, and affine."""
+        root, (scan,) = prep.cohort.bids_dir, case.scans
+        mask, affine = self._brain(root, scan)
+        return self._truth(root, scan) * self._level(case.facts["own"], prep), mask, affine
 
     def _level(self, own: Scan, prep: Prepared) -> float:
         """Factor from the truth's unit to the common scale, from the own reference scan."""

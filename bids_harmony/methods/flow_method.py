@@ -178,6 +178,12 @@ class FlowMethod(NeuralMethod):
         data = self._to_scan(volume, case, (result - case.start).numpy())
         return Harmonized(data, case.details, tuple(case.warnings))
 
+    def tone_only(self, volume: Volume) -> Harmonized:
+        """`volume` after its tone curve, without the networks that follow; for comparison."""
+        case = self._case(self._part(volume), volume)
+        rest = np.zeros(case.grid.data.shape, dtype=np.float32)
+        return Harmonized(self._to_scan(volume, case, rest))
+
     def _part(self, volume: Volume) -> Part:
         if volume.modality not in self._parts:
             raise ScanError(

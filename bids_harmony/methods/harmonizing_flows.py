@@ -16,7 +16,7 @@ from bids_harmony.methods.flow_method import Case, FlowMethod
 from bids_harmony.methods.flow_training import Part, Preset
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
 from bids_harmony.methods.likelihood import slices_of
-from bids_harmony.methods.tone import load_arrays, state_arrays
+from bids_harmony.methods.tone import Brain, load_arrays, state_arrays
 from bids_harmony.networks.affine_flow import AffineFlow
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -30,7 +30,7 @@ _CPU = Preset(
     flow={"widths": (16,), "blocked": True, "split": True, "noise_couplings": 0},
     flow_plan=Plan(900, 1e-3, every=75, half=False),
     harmonizer={"slices": 3, "widths": (16, 32, 64), "activation": "leaky-relu"},
-    harmonizer_plan=Plan(2000, 2e-3, every=100),
+    harmonizer_plan=Plan(4000, 2e-3, every=100, patience=12),
     negatives=0.2,
 )
 _PAPER = Preset(
@@ -80,27 +80,40 @@ class HarmonizingFlows(FlowMethod):
         ScanError
             If no volume can be used, or they are of several modalities.
         """
-        modalities = {v.modality for v in volumes}
-        if len(modalities) != 1:
-            raise ScanError(f"{self.name} adapts to scans of one modality, not {len(modalities)}")
         torch.set_num_threads(self._threads)
         torch.manual_seed(seed)
-        part = self._part(volumes[0])
-        cases = [self._case(part, volumes[i]) for i in range(len(volumes))]
-        assert part.harmonizer is not None
+        part, brains = self.adaptation_inputs(volumes)
         harmonizer = deepcopy(part.harmonizer)
+        assert harmonizer is not None
         details = adapt_harmonizer(
             harmonizer,
             part.flow,
-            [(case.start, case.mask) for case in cases],
+            brains,
             normal=part.normal,
             axis=self.axis,
             plan=self.adaptation_plan,
             seed=seed,
         )
         arrays = state_arrays(harmonizer, "harmonizer") if details["kept_step"] else {}
-        (modality,) = modalities
+        modality = volumes[0].modality
         return Adaptation(arrays, {"modality": modality, **details})
+
+    def adaptation_inputs(self, volumes: Sequence[Volume]) -> tuple[Part, list[Brain]]:
+        """What `adapt` works with: the modality's part, and the volumes after their tone curves.
+
+        Raises
+        ------
+        ScanError
+            If a volume cannot be used, or they are of several modalities.
+        """
+        modalities = sorted({v.modality for v in volumes})
+        if len(modalities) != 1:
+            raise ScanError(
+                f"{self.name} adapts to scans of one modality, not {', '.join(modalities)}"
+            )
+        part = self._part(volumes[0])
+        cases = [self._case(part, volumes[i]) for i in range(len(volumes))]
+        return part, [(case.start, case.mask) for case in cases]
 
     def adapted(self, adaptation: Adaptation) -> Self:
         """The method with the adapted harmonizer in place of the pre-trained one."""
