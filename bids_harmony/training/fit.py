@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,12 +15,14 @@ from typing import Any, Protocol
 import lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bids_harmony.errors import HarmonyError
 
 LOG = logging.getLogger("bids_harmony")
+_CHECKPOINT = "last"
 _REJECTED_LIMIT = 20  # in a row: the training has diverged and does not come back
 
 
@@ -122,22 +126,45 @@ def train_network(
     Raises
     ------
     HarmonyError
-        If the loss is no longer finite.
+        If the loss is no longer finite, or no held-out score ever was.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):  # its notes are not for our users
-        logging.getLogger(name).setLevel(logging.WARNING)
     module = _Module(network, name, draw, loss, held_out, plan, seed)
-    best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor="held_out", save_top_k=1, save_last=True,
-        enable_version_counter=False,
-    )  # fmt: skip
     stop = EarlyStopping("held_out", patience=plan.patience, check_finite=False)
     timer = Timer(timedelta(minutes=plan.minutes) if plan.minutes else None, interval="step")
-    trainer = lightning.Trainer(
+    trainer = _trainer(plan, device, folder, [stop, timer, module.keeper])
+    last = folder / f"{_CHECKPOINT}.ckpt" if folder else None
+    _run(trainer, module, last if last is not None and last.is_file() else None)
+    network.cpu().eval()
+    if not module.keeper.state or not math.isfinite(module.keeper.score):
+        raise HarmonyError(
+            f"training of the {name} ended without a state whose held-out score is finite; give "
+            "it more time (--max-time), or check the training scans for artefacts"
+        )
+    module.keeper.restore(network)
+    remaining = timer.time_remaining()
+    reason = "all steps"
+    if stop.wait_count >= stop.patience:
+        reason = "held-out score no longer improves"
+    elif remaining is not None and remaining <= 0:
+        reason = "time limit"
+    return Trained(tuple(module.curve), module.taken, module.rejected, module.keeper.score, reason)
+
+
+def _trainer(
+    plan: Plan, device: str, folder: Path | None, callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
+    for name in ("lightning.pytorch", "lightning.fabric"):  # its notes are not for our users
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if folder:  # the newest state, whatever its score: `_Keeper` has the best one
+        callbacks.append(
+            ModelCheckpoint(dirpath=folder, filename=_CHECKPOINT, enable_version_counter=False)
+        )
+    return lightning.Trainer(
         accelerator="gpu" if device.startswith("cuda") else "cpu",
         devices=1,
         max_epochs=math.ceil(plan.steps / plan.every),
-        callbacks=[*([best] if folder else []), stop, timer, module.keeper],
+        callbacks=callbacks,
+        plugins=[LightningEnvironment()],  # one process, also where Slurm granted several tasks
         reload_dataloaders_every_n_epochs=1,
         enable_checkpointing=folder is not None,
         logger=False,
@@ -146,17 +173,18 @@ def train_network(
         num_sanity_val_steps=0,
         precision="bf16-mixed" if plan.half and _fast_half(device) else "32-true",
     )
-    last = folder / "last.ckpt" if folder else None
-    resume = str(last) if last is not None and last.is_file() else None
-    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
-    module.keeper.restore(network)
-    network.cpu().eval()
-    reason = "all steps"
-    if timer.time_remaining() is not None and (timer.time_remaining() or 0) <= 0:
-        reason = "time limit"
-    elif stop.stopped_epoch:
-        reason = "held-out score no longer improves"
-    return Trained(tuple(module.curve), module.taken, module.rejected, module.keeper.score, reason)
+
+
+def _run(trainer: lightning.Trainer, module: _Module, checkpoint: Path | None) -> None:
+    """Train, from the checkpoint if there is one; Ctrl-C stays what it is elsewhere."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():  # such as: the folder of checkpoints is not empty
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            trainer.fit(module, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    except SystemExit as error:  # Lightning's answer to an interrupt, which it then ignores
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from error
 
 
 def _fast_half(device: str) -> bool:
@@ -189,6 +217,13 @@ class _Keeper(lightning.Callback):
 
     def __init__(self) -> None:
         self.score, self.state = math.inf, {}  # type: tuple[float, dict[str, Tensor]]
+
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """A training that had stopped by itself does not go on when its command is repeated."""
+        stops = trainer.early_stopping_callbacks
+        trainer.should_stop |= any(stop.wait_count >= stop.patience for stop in stops)
 
     def look(self, network: nn.Module, score: float) -> None:
         if score < self.score or not self.state:
