@@ -105,7 +105,8 @@ def to_model_grid(
     flips = tuple(bool(turn[a, 1] < 0) for a in order)
     image, brain = (_turned(v, order, flips) for v in (data, mask))
     box = _box(brain)
-    image, brain = np.where(brain, image, 0)[box].astype(np.float32), brain[box]
+    image = np.where(brain, image, 0)[box].astype(np.float32, order="C")
+    brain = np.array(brain[box], dtype=bool, order="C")  # torch takes no turned views
     zooms = [float(spacing[a]) for a in order]
     factors = [z / resolution if z * _TOLERANCE < resolution else 1.0 for z in zooms]
     if any(f < 1 for f in factors):
