@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bids_harmony.errors import ScanError
+
 _LEAST_BRAIN = 0.06  # share of the canvas; slices with less of it teach little
+_TRIES = 1000  # in a row that gave no slab
 
 
 def canvas_size(shapes: Sequence[tuple[int, ...]], axes: Sequence[int], divisor: int) -> int:
@@ -62,6 +65,11 @@ def draw_slabs(
     -------
     images, masks
         (count, thick, side, side), float32 and bool.
+
+    Raises
+    ------
+    ScanError
+        If no slice can be found that holds enough brain.
     """
 
     def pick(high: int) -> int:
@@ -69,7 +77,14 @@ def draw_slabs(
 
     images: list[Tensor] = []
     masks: list[Tensor] = []
+    tries = 0
     while len(images) < count:
+        tries += 1
+        if tries > _TRIES:
+            raise ScanError(
+                "the brains are too small to learn from: hardly a slice is "
+                f"{_LEAST_BRAIN:.0%} brain; check the brain masks of the reference scans"
+            )
         image, mask = brains[pick(len(brains))]
         axis = axes[pick(len(axes))]
         if image.shape[axis] <= thick:
@@ -78,6 +93,7 @@ def draw_slabs(
         image, mask = (v.narrow(axis, start, thick).movedim(axis, 0) for v in (image, mask))
         if mask[thick // 2].sum() < _LEAST_BRAIN * side**2:
             continue
+        tries = 0
         way = pick(8)
         if way & 1 and (turned or axis != 0):
             image, mask = image.flip(1), mask.flip(1)
