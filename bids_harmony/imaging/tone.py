@@ -67,6 +67,18 @@ class ToneCurve:
         )
 
 
+def composed(first: ToneCurve, second: ToneCurve, knots: int = 513) -> ToneCurve:
+    """``second(first(x))`` on even knots and those of `first`; slopes beyond them multiply."""
+    x = np.union1d(np.linspace(first.x[0], first.x[-1], knots), first.x)
+    y = np.maximum.accumulate(second(first(x)).astype(np.float64))
+    return ToneCurve(
+        tuple(x.tolist()),
+        tuple(y.tolist()),
+        first.start_slope * second.start_slope,
+        first.end_slope * second.end_slope,
+    )
+
+
 def fit_tone(before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_]) -> ToneCurve:
     """Increasing curve whose detail comes nearest to what was done to the brain.
 

@@ -25,7 +25,7 @@ from bids_harmony.methods.base import (
 )
 from bids_harmony.methods.flow_training import Part, Preset, fit_part
 from bids_harmony.methods.likelihood import Normal, bits_of_brain
-from bids_harmony.methods.tone import Tone, load_arrays, state_arrays
+from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
@@ -160,7 +160,7 @@ class FlowMethod(NeuralMethod):
             "input": self._bits(part, case.image, case),
             "tone": self._bits(part, case.start, case),
         }
-        self._check(part.normal, bits["tone"], volume, case)
+        self._refuse(part.normal, bits["tone"], volume)
         result = self._refine(part, case, seed)
         change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
         result = (case.start + change).clamp(min=0) * case.mask
@@ -171,6 +171,11 @@ class FlowMethod(NeuralMethod):
                 "curve was applied."
             )
             result, bits["output"] = case.start, bits["tone"]
+        if bits["output"] > part.normal.flag:
+            case.warnings.append(
+                f"Still unlike the reference domain: {bits['output']:.2f} bits per dimension, its "
+                f"own brains have {part.normal.mean:.2f}. Look at the result before you use it."
+            )
         case.details["bits_per_dimension"] = {
             **{k: round(v, 4) for k, v in bits.items() if np.isfinite(v)},
             "held_out_reference": round(part.normal.mean, 4),
@@ -201,25 +206,19 @@ class FlowMethod(NeuralMethod):
             curve = part.tone.curve(image, mask)
         except ScanError as error:
             raise ScanError(f"{volume.name or 'scan'}: {error}") from error
-        start = torch.from_numpy(np.where(grid.mask, np.maximum(curve(grid.data), 0), 0))
-        return Case(volume.modality, grid, image, mask, curve, start.float())
+        return Case(volume.modality, grid, image, mask, curve, mapped(curve, image, mask))
 
     def _bits(self, part: Part, image: Tensor, case: Case) -> float:
         return bits_of_brain(part.flow, image, case.mask, self.axis)
 
-    def _check(self, normal: Normal, bits: float, volume: Volume, case: Case) -> None:
-        """Refuse or flag what is not a brain of the modality; ``bits`` are after the tone."""
+    def _refuse(self, normal: Normal, bits: float, volume: Volume) -> None:
+        """Refuse what is no brain of the modality; ``bits`` are after the tone curve."""
         if not bits <= normal.refuse:
             raise ScanError(
                 f"{volume.name or 'scan'}: {bits:.2f} bits per dimension, the reference domain's "
                 f"brains have {normal.mean:.2f} (refused above {normal.refuse:.2f}): not a "
                 f"{volume.modality} brain in the usual orientation, or full of artefacts; check "
                 "modality, mask and header, or use a statistical method"
-            )
-        if bits > normal.flag:
-            case.warnings.append(
-                f"Unlike the reference domain even after its tone was mapped: {bits:.2f} bits per "
-                f"dimension, its own brains have {normal.mean:.2f}."
             )
 
     @staticmethod

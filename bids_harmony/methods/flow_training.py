@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import to_model_grid
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of
-from bids_harmony.methods.tone import Brain, Tone, fit_tone_model
+from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, mapped
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -337,7 +336,6 @@ def _bits_of(flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int) -> list
     """Bits per dimension of reference brains after their tone was mapped, as any scan's is."""
     found = []
     for image, mask in brains:
-        mapped = np.maximum(tone.curve(image, mask)(image.numpy()), 0)
-        start = torch.from_numpy(mapped).float() * mask
+        start = mapped(tone.curve(image, mask), image, mask)
         found.append(bits_of_brain(flow, start, mask, axis))
     return found

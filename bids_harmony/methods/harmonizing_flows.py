@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.tone import composed
 from bids_harmony.methods.base import Adaptation, Volume
 from bids_harmony.methods.flow_method import Case, FlowMethod
 from bids_harmony.methods.flow_training import Part, Preset
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
 from bids_harmony.methods.likelihood import slices_of
-from bids_harmony.methods.tone import Brain, load_arrays, state_arrays
+from bids_harmony.methods.tone import Brain, load_arrays, mapped, state_arrays
 from bids_harmony.networks.affine_flow import AffineFlow
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -49,6 +50,9 @@ _PAPER = Preset(
 class HarmonizingFlows(FlowMethod):
     """The scan's tone curve, then a U-Net that undoes what scanners add, adapted by the flow.
 
+    The U-Net takes noise and residual bias field away, after which the tone can be told better:
+    a second tone curve, found on its output, follows.
+
     The U-Net sees slices across all three axes and the mean of its three answers is taken, so no
     plane shows stripes. Its output differs from the tone-mapped scan by a gain for each slice and
     a map; both are small where the scan is already like the reference domain.
@@ -70,7 +74,11 @@ class HarmonizingFlows(FlowMethod):
 
     def _refine(self, part: Part, case: Case, seed: int) -> Tensor:
         assert part.harmonizer is not None
-        return apply_harmonizer(part.harmonizer, case.start) * case.mask
+        out = apply_harmonizer(part.harmonizer, case.start).clamp(min=0) * case.mask
+        again = part.tone.curve(out, case.mask)
+        case.curve = composed(case.curve, again)
+        case.start = mapped(again, case.start, case.mask)
+        return mapped(again, out, case.mask)
 
     def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
         """Adapt the harmonizer to the scans of one site and modality; the method is unchanged.

@@ -14,13 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.quantiles import merge_ties
+from bids_harmony.imaging.quantiles import Float64Array, merge_ties
 from bids_harmony.imaging.tone import ToneCurve
 from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram
 from bids_harmony.training.tone import Quantiles, mean_quantiles, train_tone
+
+_RIM = 2  # voxels of the model's grid
+_LEAST_CORE = 0.2
+_END_SLOPE = (0.5, 2.0)  # least and most, relative to the curve's mean slope
 
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
 
@@ -53,24 +58,20 @@ class Tone:
         ScanError
             If the brain is constant.
         """
+        mask = core(mask)
         values = image[mask]
         if float(values.max() - values.min()) < 1e-5:
             raise ScanError("all brain voxels have one value; check image and mask")
         own = self.quantiles.map_of(values)
-        mapped = torch.zeros_like(image)
-        mapped[mask] = self.quantiles.apply(values, own)
+        matched = torch.zeros_like(image)
+        matched[mask] = self.quantiles.apply(values, own)
         with torch.no_grad():
-            correction = self.network(joint_histogram(mapped, mask)[None])[0].double().numpy()
+            correction = self.network(joint_histogram(matched, mask)[None])[0].double().numpy()
         targets = self.quantiles.values.double().numpy()
         knots = np.linspace(0, TOP, KNOTS)
         y = targets + np.interp(targets, knots, correction)
-        x, y = merge_ties(own.double().numpy(), np.maximum.accumulate(np.maximum(y, 0)))
-        edge = max(len(x) // 20, 1)
-        slopes = [
-            (y[edge] - y[0]) / (x[edge] - x[0]),
-            (y[-1] - y[-1 - edge]) / (x[-1] - x[-1 - edge]),
-        ]
-        return ToneCurve(tuple(x.tolist()), tuple(y.tolist()), float(slopes[0]), float(slopes[1]))
+        y = np.maximum.accumulate(np.maximum(y, 0))
+        return _curve(*merge_ties(knots_in.double().numpy(), y))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything learned, as arrays."""
@@ -84,6 +85,20 @@ class Tone:
         return cls(Quantiles(torch.from_numpy(np.array(arrays["quantiles"]))), network)
 
 
+def core(mask: Tensor) -> Tensor:
+    """The mask without its outer voxels, where masks of different make differ the most.
+
+    The whole mask if less than a fifth of it would be left.
+    """
+    inner = torch.from_numpy(ndimage.binary_erosion(mask.numpy(), iterations=_RIM))
+    return inner if inner.sum() > _LEAST_CORE * mask.sum() else mask
+
+
+def mapped(curve: ToneCurve, image: Tensor, mask: Tensor) -> Tensor:
+    """A brain after a curve: >= 0, 0 outside the mask, float32."""
+    return torch.from_numpy(np.maximum(curve(image.numpy()), 0)).float() * mask
+
+
 def fit_tone_model(
     brains: Sequence[Brain],
     held_out: Sequence[Brain],
@@ -94,11 +109,23 @@ def fit_tone_model(
     minutes: float | None,
 ) -> tuple[Tone, dict[str, float]]:
     """Learn the tone of the reference domain; tell the held-out error before and after."""
+    brains, held_out = ([(i, core(m)) for i, m in part] for part in (brains, held_out))
     quantiles = mean_quantiles([*brains, *held_out])
     network, scores = train_tone(
         brains, held_out, quantiles, samples=samples, epochs=epochs, seed=seed, minutes=minutes
     )
     return Tone(quantiles, network), scores
+
+
+def _curve(x: Float64Array, y: Float64Array) -> ToneCurve:
+    """Through these knots; beyond them with the slope of the outer twentieth, bounded."""
+    if len(x) < 2:
+        raise ScanError("nearly all brain voxels have one value; check image and mask")
+    edge = max(len(x) // 20, 1)
+    outer = (y[edge] - y[0]) / (x[edge] - x[0]), (y[-1] - y[-1 - edge]) / (x[-1] - x[-1 - edge])
+    gain = (y[-1] - y[0]) / (x[-1] - x[0])
+    start, end = np.clip(outer, _END_SLOPE[0] * gain, _END_SLOPE[1] * gain)
+    return ToneCurve(tuple(x.tolist()), tuple(y.tolist()), float(start), float(end))
 
 
 def state_arrays(network: torch.nn.Module, name: str) -> dict[str, NDArray[Any]]:

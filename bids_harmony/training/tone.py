@@ -30,12 +30,17 @@ class Quantiles:
 
     values: Tensor
 
-    def map_of(self, brain: Tensor) -> Tensor:
-        """Intensities of a brain, (N,), at the same probabilities: knots of its map, (n,)."""
+    def own(self, brain: Tensor) -> Tensor:
+        """Intensities of a brain, (N,), at the same probabilities, (n,); ties are possible."""
         count = len(self.values)
         place = (torch.arange(count) + 0.5) / count * (len(brain) - 1)
-        own = brain.sort().values[place.round().long()]
-        return own + torch.arange(count) * 1e-6  # strictly increasing
+        return brain.sort().values[place.round().long()]
+
+    def map_of(self, brain: Tensor) -> Tensor:
+        """The same as knots of the brain's map: strictly increasing."""
+        own = self.own(brain)
+        step = torch.clamp(1e-6 * own.abs().max(), min=1e-6)
+        return own + torch.arange(len(own)) * step
 
     def apply(self, values: Tensor, own: Tensor) -> Tensor:
         """Map intensities, (N,), by the knots from `map_of`; the end segments go on."""
@@ -80,7 +85,8 @@ def train_tone(
     features, targets, weights = _samples(brains, quantiles, samples, generator, minutes)
     network.standardize(features)
     _fit(network, features, targets, weights, epochs, generator)
-    checks = _samples(held_out, quantiles, max(samples // 8, 4), generator, None)
+    limit = None if minutes is None else minutes / 8
+    checks = _samples(held_out, quantiles, max(samples // 8, 4), generator, limit)
     with torch.no_grad():
         rest = checks[1] - network(checks[0])
 
