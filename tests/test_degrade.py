@@ -137,7 +137,7 @@ def numbered():
 
 
 def test_slabs_are_neighbouring_slices_of_the_brain(numbered):
-    image, mask = numbered
+    image, _ = numbered
     images, masks = draw_slabs([numbered], 20, seeded(), side=48, axes=(1,), turned=False)
     assert images.shape == masks.shape == (20, 3, 48, 48)
     assert torch.equal(images > 0, masks)

@@ -56,13 +56,13 @@ class Tone:
         Raises
         ------
         ScanError
-            If the brain is constant.
+            If the brain is constant, or nearly so.
         """
         mask = core(mask)
         values = image[mask]
         if float(values.max() - values.min()) < 1e-5:
             raise ScanError("all brain voxels have one value; check image and mask")
-        own = self.quantiles.map_of(values)
+        plain, own = self.quantiles.own(values), self.quantiles.map_of(values)
         matched = torch.zeros_like(image)
         matched[mask] = self.quantiles.apply(values, own)
         with torch.no_grad():
@@ -71,7 +71,7 @@ class Tone:
         knots = np.linspace(0, TOP, KNOTS)
         y = targets + np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
-        return _curve(*merge_ties(knots_in.double().numpy(), y))
+        return _curve(*merge_ties(plain.double().numpy(), y))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything learned, as arrays."""
