@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -105,13 +106,10 @@ class BlindHarmony(FlowMethod):
         ScanError
             If no volume can be used, or they are of several modalities.
         """
-        modalities = {v.modality for v in volumes}
-        if len(modalities) != 1:
-            raise ScanError(f"{self.name} adapts to scans of one modality, not {len(modalities)}")
         torch.set_num_threads(self._threads)
-        (modality,) = modalities
-        part = self._part(volumes[0])
-        source, masks = self._choice(part, volumes)
+        part, cases, left_out = self._usable(volumes)
+        modality = cases[0].modality
+        source, masks = self._choice(part, cases)
         bits: dict[float, float] = {}
         likeness: dict[float, float] = {}
         for beta1 in BETA1:
@@ -122,6 +120,11 @@ class BlindHarmony(FlowMethod):
                 likeness[beta1] = float(masked_ncc(images, source, masks).mean())
         with torch.no_grad():
             before = float(part.flow.bits_per_dim(source, masks).mean())
+        if not all(math.isfinite(b) for b in (before, *bits.values())):
+            raise ScanError(
+                f"{cases[0].modality} scans of one site: likelihood that is not finite; check "
+                "them for artefacts, or choose --adapt none"
+            )
         chosen = min(BETA1, key=lambda b: (abs(bits[b] - part.normal.mean), -b))
         details = {
             "modality": modality,
@@ -133,28 +136,33 @@ class BlindHarmony(FlowMethod):
             "ncc_by_beta1": {f"{b:g}": round(v, 5) for b, v in likeness.items()},
             "steps": len(BETA1),
             "stop_reason": "all values of beta1 tried",
+            "left_out": left_out,
         }
         return Adaptation({}, details)
 
     def adapted(self, adaptation: Adaptation) -> Self:
         """The method with the site's beta1."""
         details: Mapping[str, Any] = adaptation.details
-        modality = str(details["modality"])
+        modality, beta1 = str(details.get("modality")), details.get("beta1")
         if modality not in self._parts:
             raise ScanError(f"{self.name}: the model was not trained on {modality}")
+        if beta1 not in BETA1:
+            raise ScanError(f"{self.name}: the adaptation does not fit the model; make it anew")
         made = type(self)(dict(self._parts), self._preset)
         made.place_on(self._device, self._threads)
-        made._weights[modality] = replace(self._weights[modality], beta1=float(details["beta1"]))
+        made._weights = {
+            **self._weights,
+            modality: replace(self._weights[modality], beta1=float(beta1)),
+        }
         return made
 
-    def _choice(self, part: Part, volumes: Sequence[Volume]) -> tuple[Tensor, Tensor]:
-        """Some evenly spaced slices of the volumes' tone-mapped brains, and their masks."""
+    def _choice(self, part: Part, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+        """Some evenly spaced slices of the tone-mapped brains, and their masks."""
         device = next(part.flow.parameters()).device
-        each = max(_CHOICE_SLICES // len(volumes), 2)
+        each = max(_CHOICE_SLICES // len(cases), 2)
         images, masks = [], []
         side = 0
-        for index in range(len(volumes)):
-            case = self._case(part, volumes[index])
+        for case in cases:
             usable = usable_slices(case.mask, self.axis)
             chosen = [usable[(2 * i + 1) * len(usable) // (2 * each)] for i in range(each)]
             images.append(slices_of(case.start, self.axis, part.flow.divisor)[0][chosen])

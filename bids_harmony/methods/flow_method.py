@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
-from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
+from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve
 from bids_harmony.methods.base import (
     Contract,
@@ -23,7 +23,7 @@ from bids_harmony.methods.base import (
     Training,
     Volume,
 )
-from bids_harmony.methods.flow_training import Part, Preset, fit_part
+from bids_harmony.methods.flow_training import Part, Preset, fit_part, on_model_grid
 from bids_harmony.methods.likelihood import Normal, bits_of_brain
 from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
@@ -170,7 +170,7 @@ class FlowMethod(NeuralMethod):
                 "The networks made the scan less likely than its tone curve alone did; only the "
                 "curve was applied."
             )
-            result, bits["output"] = case.start, bits["tone"]
+            result, bits["output"] = case.start, self._bits(part, case.start, case)
         if bits["output"] > part.normal.flag:
             case.warnings.append(
                 f"Still unlike the reference domain: {bits['output']:.2f} bits per dimension, its "
@@ -198,15 +198,40 @@ class FlowMethod(NeuralMethod):
         return self._parts[volume.modality]
 
     def _case(self, part: Part, volume: Volume) -> Case:
+        grid = on_model_grid(volume, part.resolution)
+        image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
         try:
-            grid = to_model_grid(
-                volume.data, volume.mask, volume.spacing, volume.axes, part.resolution
-            )
-            image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
             curve = part.tone.curve(image, mask)
         except ScanError as error:
             raise ScanError(f"{volume.name or 'scan'}: {error}") from error
         return Case(volume.modality, grid, image, mask, curve, mapped(curve, image, mask))
+
+    def _usable(self, volumes: Sequence[Volume]) -> tuple[Part, list[Case], list[str]]:
+        """The part for these volumes' modality, those to adapt to, and why others are left out.
+
+        Raises
+        ------
+        ScanError
+            If they are of several modalities, or none can be used.
+        """
+        modalities = {volumes[i].modality for i in range(len(volumes))}
+        if len(modalities) != 1:
+            raise ScanError(f"{self.name} adapts to scans of one modality, not {len(modalities)}")
+        part = self._part(volumes[0])
+        cases: list[Case] = []
+        left_out: list[str] = []
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            try:
+                case = self._case(part, volume)
+                self._refuse(part.normal, self._bits(part, case.start, case), volume)
+            except ScanError as error:
+                left_out.append(str(error))
+            else:
+                cases.append(case)
+        if not cases:
+            raise ScanError(f"no scan can be adapted to: {left_out[0]}")
+        return part, cases, left_out
 
     def _bits(self, part: Part, image: Tensor, case: Case) -> float:
         return bits_of_brain(part.flow, image, case.mask, self.axis)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.model_grid import to_model_grid
+from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
+from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of
 from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, mapped
@@ -202,10 +204,26 @@ def split_by_subject(
     apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
     brains: tuple[list[Brain], list[Brain]] = ([], [])
     for volume in volumes:
-        grid = to_model_grid(volume.data, volume.mask, volume.spacing, volume.axes, resolution)
+        grid = on_model_grid(volume, resolution)
         brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
         brains[(volume.subject or volume.name) in apart].append(brain)
     return brains
+
+
+def on_model_grid(volume: Volume, resolution: float) -> ModelGrid:
+    """A volume on the model's grid.
+
+    Raises
+    ------
+    ScanError
+        If the mask is empty, or the brain constant or not finite; it names the scan.
+    """
+    name, mask = volume.name or "scan", np.asarray(volume.mask, dtype=bool)
+    brain_values(volume.data, mask, name)
+    try:
+        return to_model_grid(volume.data, mask, volume.spacing, volume.axes, resolution)
+    except ScanError as error:
+        raise ScanError(f"{name}: {error}") from error
 
 
 def _share(training: Training, share: float) -> float | None:

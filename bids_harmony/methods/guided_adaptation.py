@@ -8,6 +8,7 @@ were, and of all states looked at the best is kept, the pre-trained one among th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -188,9 +189,10 @@ class _Run:
     ) -> None:
         self._harmonizer, self._anchor, self._flow = harmonizer, anchor, flow
         self._normal, self._plan = normal, plan
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float | None]] = []
         self.best = {k: v.detach().clone() for k, v in harmonizer.state_dict().items()}
         self.kept, self._bits, self._since = 0, float("inf"), 0
+        self._edges = 1.0
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Bits above the goal, edges that moved, weights that moved."""
@@ -222,13 +224,16 @@ class _Run:
             before = self._anchor(images).clamp(min=0) * masks
             bits = float(self._flow.bits_per_dim(out, masks).mean())
             edges = float(edge_correlation(out, before, masks))
-        self.history.append({"step": step, "bits": round(bits, 4), "edges": round(edges, 5)})
+        self._edges = edges if math.isfinite(edges) else 0.0
+        self.history.append({
+            "step": step, "bits": _rounded(bits, 4), "edges": _rounded(edges, 5),
+        })  # fmt: skip
         state = {k: v.detach().clone() for k, v in self._harmonizer.state_dict().items()}
         if states is not None:
             states.append(state)
         goal = self._normal.mean if self._plan.stop_at_normal else -float("inf")
         better = max(bits, goal) < max(self._bits, goal) - self._plan.gain
-        if step == 0 or (better and edges >= self._plan.least_edges):
+        if step == 0 or (better and self._edges >= self._plan.least_edges):
             self.best, self.kept, self._bits, self._since = state, step, bits, 0
         else:
             self._since += 1
@@ -237,11 +242,16 @@ class _Run:
         """Why to stop now, or None."""
         if self._plan.stop_at_normal and self._bits <= self._normal.mean:
             return "as likely as held-out reference brains"
-        if self.history[-1]["edges"] < self._plan.least_edges:
+        if self._edges < self._plan.least_edges:
             return "edges moved"
         if self._since >= self._plan.patience:
             return "no longer improves"
         return None
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    """None for what is not finite: JSON has no such numbers."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def edge_correlation(first: Tensor, second: Tensor, masks: Tensor) -> Tensor:

@@ -90,21 +90,21 @@ class HarmonizingFlows(FlowMethod):
         """
         torch.set_num_threads(self._threads)
         torch.manual_seed(seed)
-        part, brains = self.adaptation_inputs(volumes)
+        part, cases, left_out = self._usable(volumes)
         harmonizer = deepcopy(part.harmonizer)
         assert harmonizer is not None
         details = adapt_harmonizer(
             harmonizer,
             part.flow,
-            brains,
+            [(case.start, case.mask) for case in cases],
             normal=part.normal,
             axis=self.axis,
             plan=self.adaptation_plan,
             seed=seed,
         )
         arrays = state_arrays(harmonizer, "harmonizer") if details["kept_step"] else {}
-        modality = volumes[0].modality
-        return Adaptation(arrays, {"modality": modality, **details})
+        facts = {"modality": cases[0].modality, **details, "left_out": left_out}
+        return Adaptation(arrays, facts)
 
     def adaptation_inputs(self, volumes: Sequence[Volume]) -> tuple[Part, list[Brain]]:
         """What `adapt` works with: the modality's part, and the volumes after their tone curves.
@@ -112,20 +112,14 @@ class HarmonizingFlows(FlowMethod):
         Raises
         ------
         ScanError
-            If a volume cannot be used, or they are of several modalities.
+            If no volume can be used, or they are of several modalities.
         """
-        modalities = sorted({v.modality for v in volumes})
-        if len(modalities) != 1:
-            raise ScanError(
-                f"{self.name} adapts to scans of one modality, not {', '.join(modalities)}"
-            )
-        part = self._part(volumes[0])
-        cases = [self._case(part, volumes[i]) for i in range(len(volumes))]
+        part, cases, _ = self._usable(volumes)
         return part, [(case.start, case.mask) for case in cases]
 
     def adapted(self, adaptation: Adaptation) -> Self:
         """The method with the adapted harmonizer in place of the pre-trained one."""
-        modality = str(adaptation.details["modality"])
+        modality = str(adaptation.details.get("modality"))
         if modality not in self._parts:
             raise ScanError(f"{self.name}: the model was not trained on {modality}")
         made = type(self)(dict(self._parts), self._preset)
