@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +138,6 @@ def fit_part(
     ScanError
         If fewer than two subjects are left, one of which is held out.
     """
-    start = monotonic()
     brains, held_out = split_by_subject(volumes, preset.resolution)
     tone, tone_scores = fit_tone_model(
         brains,
@@ -164,11 +162,25 @@ def fit_part(
     flow.eval().requires_grad_(False)
     bits = _bits_of(flow, tone, held_out, method.axis), _bits_of(flow, tone, brains, method.axis)
     normal = replace(normal_of(bits[0]), deviation=normal_of([*bits[0], *bits[1]]).deviation)
-    scores = {
-        "tone_error": {k: round(v, 5) for k, v in tone_scores.items()},
+    files = {
+        "curves.csv": curves_csv(runs),
+        "training.png": training_png(runs),
+        "samples.png": samples_png(flow, brains[0], method.axis, seed),
+    }
+    scores = _scores(tone_scores, bits, runs)
+    return Part(preset.resolution, tone, flow, harmonizer, normal, scores), files
+
+
+def _scores(
+    tone: Mapping[str, float],
+    bits: tuple[Sequence[float], Sequence[float]],
+    runs: Mapping[str, Trained],
+) -> dict[str, Any]:
+    """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
+    return {
+        "tone_error": {k: round(v, 5) for k, v in tone.items()},
         "held_out_bits_per_dimension": [round(b, 4) for b in bits[0]],
         "training_bits_per_dimension": [round(b, 4) for b in bits[1]],
-        "minutes": round((monotonic() - start) / 60, 1),
         **{
             name: {
                 "steps": run.steps,
@@ -179,13 +191,6 @@ def fit_part(
             for name, run in runs.items()
         },
     }
-    files = {
-        "curves.csv": curves_csv(runs),
-        "training.png": training_png(runs),
-        "samples.png": samples_png(flow, brains[0], method.axis, seed),
-    }
-    part = Part(preset.resolution, tone, flow, harmonizer, normal, scores)
-    return part, files
 
 
 def split_by_subject(

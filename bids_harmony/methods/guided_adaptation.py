@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bids_harmony.methods.flow_optimization import gradient_magnitude, masked_ncc
 from bids_harmony.methods.likelihood import Normal, slices_of, usable_slices
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -257,17 +258,4 @@ def _rounded(value: float, digits: int) -> float | None:
 def edge_correlation(first: Tensor, second: Tensor, masks: Tensor) -> Tensor:
     """Mean over slices of Pearson's r of the gradient magnitudes inside the eroded masks."""
     inside = -functional.max_pool2d(-masks, 3, 1, 1)
-    values = []
-    for magnitude in (_gradient(first), _gradient(second)):
-        weight = inside.sum((1, 2, 3), keepdim=True).clamp(min=1)
-        mean = (magnitude * inside).sum((1, 2, 3), keepdim=True) / weight
-        values.append((magnitude - mean) * inside)
-    a, b = values
-    norm = (a.square().sum((1, 2, 3)) * b.square().sum((1, 2, 3)) + 1e-12).sqrt()
-    return ((a * b).sum((1, 2, 3)) / norm).mean()
-
-
-def _gradient(image: Tensor) -> Tensor:
-    down = functional.pad(image[:, :, 2:] - image[:, :, :-2], (0, 0, 1, 1)) / 2
-    right = functional.pad(image[..., 2:] - image[..., :-2], (1, 1)) / 2
-    return (down.square() + right.square() + 1e-10).sqrt()
+    return masked_ncc(gradient_magnitude(first), gradient_magnitude(second), inside).mean()
