@@ -81,7 +81,9 @@ def train_tone(
         Root mean square tone error of held-out parts before and after the correction.
     """
     generator = torch.Generator().manual_seed(seed)
-    network = ToneNetwork()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the first weights
+        network = ToneNetwork()
     features, targets, weights = _samples(brains, quantiles, samples, generator, minutes)
     network.standardize(features)
     _fit(network, features, targets, weights, epochs, generator)
