@@ -33,7 +33,7 @@ _CPU = Preset(
     tone_samples=900,
     tone_epochs=120,
     flow={"levels": 3, "steps": 4, "hidden": 16, "blocks": 1},
-    flow_plan=Plan(1500, 1e-3, every=100, half=False),
+    flow_plan=Plan(1200, 1e-3, every=100, half=False),
 )
 _PAPER = Preset(
     resolution=1.2,

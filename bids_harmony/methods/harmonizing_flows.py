@@ -31,7 +31,7 @@ _CPU = Preset(
     flow={"widths": (16,), "blocked": True, "split": True, "noise_couplings": 0},
     flow_plan=Plan(900, 1e-3, every=75, half=False),
     harmonizer={"slices": 3, "widths": (16, 32, 64), "activation": "leaky-relu"},
-    harmonizer_plan=Plan(4000, 2e-3, every=100, patience=12),
+    harmonizer_plan=Plan(2500, 2e-3, every=100, patience=12),
     negatives=0.2,
 )
 _PAPER = Preset(
