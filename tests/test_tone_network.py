@@ -191,6 +191,30 @@ def test_a_saturated_scan_has_no_steep_end():
     assert curve(np.array([top + 0.01]))[0] < curve(np.array([top]))[0] + 0.1
 
 
+def test_the_curve_goes_as_far_as_it_can_be_trusted():
+    """With d the change asked for: nothing at doubt d, three quarters at d / 2."""
+    reference = brain(1)
+    tone = identity_tone(reference)
+    scan = replace(reference, data=reference.data + 0.1 * reference.mask)
+    full = tone.curve(*tensors(scan))
+    asked = np.sqrt(np.mean((np.array(full.y) - full.x) ** 2))
+    assert asked == pytest.approx(0.1, abs=2e-3)
+    for doubt, share in ((0.05, 0.75), (0.1, 0.0), (1.0, 0.0)):
+        curve = replace(tone, doubt=doubt).curve(*tensors(scan))
+        values = np.array([0.4, 0.7, 0.95])
+        assert curve(values) == pytest.approx(values + share * (full(values) - values), abs=3e-3)
+
+
+def test_doubt_is_what_happens_to_held_out_reference_brains():
+    brains, held_out = [tensors(brain(s)) for s in (1, 2)], tensors(brain(3, gamma=1.2))
+    tone, scores = fit_tone_model(brains, [held_out], samples=8, epochs=1, seed=0, minutes=None)
+    inside = brain(3).mask & core(torch.from_numpy(brain(3).mask)).numpy()
+    values = brain(3, gamma=1.2).data[inside]
+    moved = replace(tone, doubt=0.0).curve(*held_out)(values) - values
+    assert tone.doubt == scores["doubt"] == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-4)
+    assert tone.doubt > 0.01
+
+
 def test_a_constant_brain_is_refused():
     volume = brain(1)
     tone = identity_tone(volume)
@@ -259,6 +283,17 @@ def test_time_limit_leaves_one_sample_of_each_brain():
     assert time.monotonic() - begin < 2
     assert scores["after"] > 0
     assert torch.isfinite(tone.network.spread).all()
+
+
+def test_the_seed_alone_decides():
+    brains = [tensors(brain(s)) for s in (1, 2)]
+    found = []
+    for before, seed in ((1, 0), (2, 0), (2, 5)):
+        torch.manual_seed(before)
+        tone, _ = fit_tone_model(brains, brains, samples=8, epochs=2, seed=seed, minutes=None)
+        found.append(tone.network.layers[1].weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_state_comes_back(trained):

@@ -189,6 +189,12 @@ class FlowMethod(NeuralMethod):
         rest = np.zeros(case.grid.data.shape, dtype=np.float32)
         return Harmonized(self._to_scan(volume, case, rest))
 
+    def bits_of(self, volume: Volume) -> tuple[float, float]:
+        """Bits per dimension of a scan as it is, and after its tone curve."""
+        part = self._part(volume)
+        case = self._case(part, volume)
+        return self._bits(part, case.image, case), self._bits(part, case.start, case)
+
     def _part(self, volume: Volume) -> Part:
         if volume.modality not in self._parts:
             raise ScanError(

@@ -15,7 +15,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
-from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of
+from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, usable_slices
 from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, mapped
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
@@ -161,6 +161,11 @@ def fit_part(
     )
     flow.eval().requires_grad_(False)
     bits = _bits_of(flow, tone, held_out, method.axis), _bits_of(flow, tone, brains, method.axis)
+    if not np.isfinite([*bits[0], *bits[1]]).all():
+        raise ScanError(
+            "the flow gives reference brains a likelihood that is not finite; check the training "
+            "scans for artefacts, or train with another --random-seed"
+        )
     normal = replace(normal_of(bits[0]), deviation=normal_of([*bits[0], *bits[1]]).deviation)
     files = {
         "curves.csv": curves_csv(runs),
@@ -211,6 +216,10 @@ def split_by_subject(
     for volume in volumes:
         grid = on_model_grid(volume, resolution)
         brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
+        if not all(usable_slices(brain[1], axis) for axis in range(3)):
+            raise ScanError(
+                f"{volume.name or 'scan'}: too little brain to learn from; check the brain mask"
+            )
         brains[(volume.subject or volume.name) in apart].append(brain)
     return brains
 
