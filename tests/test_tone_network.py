@@ -195,7 +195,7 @@ def test_the_curve_goes_as_far_as_it_can_be_trusted():
     """With d the change asked for: nothing at doubt d, three quarters at d / 2."""
     reference = brain(1)
     tone = identity_tone(reference)
-    scan = replace(reference, data=reference.data + 0.1 * reference.mask)
+    scan = replace(reference, data=reference.data + np.float32(0.1) * reference.mask)
     full = tone.curve(*tensors(scan))
     asked = np.sqrt(np.mean((np.array(full.y) - full.x) ** 2))
     assert asked == pytest.approx(0.1, abs=2e-3)
