@@ -161,11 +161,6 @@ def fit_part(
     )
     flow.eval().requires_grad_(False)
     bits = _bits_of(flow, tone, held_out, method.axis), _bits_of(flow, tone, brains, method.axis)
-    if not np.isfinite([*bits[0], *bits[1]]).all():
-        raise ScanError(
-            "the flow gives reference brains a likelihood that is not finite; check the training "
-            "scans for artefacts, or train with another --random-seed"
-        )
     normal = replace(normal_of(bits[0]), deviation=normal_of([*bits[0], *bits[1]]).deviation)
     files = {
         "curves.csv": curves_csv(runs),
@@ -370,4 +365,9 @@ def _bits_of(flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int) -> list
     for image, mask in brains:
         start = mapped(tone.curve(image, mask), image, mask)
         found.append(bits_of_brain(flow, start, mask, axis))
+    if not np.isfinite(found).all():
+        raise ScanError(
+            "the flow gives reference brains a likelihood that is not finite; check the training "
+            "scans for artefacts, or train with another --random-seed"
+        )
     return found

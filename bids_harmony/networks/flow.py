@@ -1,7 +1,7 @@
 """What every normalizing flow offers: exact densities in place, bits per dimension, samples.
 
 A flow maps an image x to latents z that are standard normal under the model, so that
-log p(x) = log N(z) + log |det dz/dx|. Every term of this sum has a place in the image: the
+``log p(x) = log N(z) + log |det dz/dx|``. Every term of this sum has a place in the image: the
 log-determinant of an element-wise map belongs to its element, that of a 1x1 convolution is the
 same at every location, and log N(z) belongs to the element of z. `Flow.forward` therefore gives
 log p(x) as maps, one for each grid on which the flow works, whose sum over everything is exactly
