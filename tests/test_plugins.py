@@ -153,3 +153,14 @@ def test_plugin_file(tmp_path):
     path.write_text("n_procs: 3\n")
     with pytest.raises(UsageError, match="plugin: NAME"):
         read_plugin_file(path)
+
+
+def test_one_process_ends_a_scan_before_the_next(tmp_path):
+    ended = []
+    run_graph(
+        graph_of(a_wf=fine, b_wf=fine, c_wf=fine),
+        engine_in(tmp_path, nprocs=1),
+        n_scans=3,
+        on_node=lambda node, status: ended.append(node.split(".")[1:]),
+    )
+    assert [node for _, node in ended] == ["first", "second"] * 3

@@ -75,7 +75,7 @@ def describe_failure(node: str, traceback: str) -> NodeFailure:
 
 
 class HarmonyLinear(PluginBase):
-    """One node after the other in this process, for a single scan; failures are collected."""
+    """One node after the other in this process, scan by scan; failures are collected."""
 
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args=plugin_args)
@@ -86,7 +86,12 @@ class HarmonyLinear(PluginBase):
         import networkx as nx
 
         lost: set[Any] = set()
-        for node in nx.topological_sort(graph):
+        order = {node: place for place, node in enumerate(nx.topological_sort(graph))}
+        scans = [
+            sorted(part, key=order.__getitem__) for part in nx.weakly_connected_components(graph)
+        ]
+        # one scan to its end before the next, so that a killed run leaves finished ones
+        for node in (n for part in sorted(scans, key=lambda p: order[p[0]]) for n in part):
             if node in lost:
                 continue
             status = "end"
