@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from bids_harmony.errors import ScanError  # noqa: E402
 from bids_harmony.imaging.quantiles import mid_quantiles  # noqa: E402
-from bids_harmony.imaging.tone import ToneCurve  # noqa: E402
+from bids_harmony.imaging.tone import ToneCurve, composed  # noqa: E402
 from bids_harmony.methods.tone import Tone, core, fit_tone_model, load_arrays, mapped  # noqa: E402
 from bids_harmony.networks.tone import (  # noqa: E402
     FEATURES,
@@ -328,6 +328,16 @@ def test_the_core_leaves_out_the_rim_where_enough_is_left():
     thin = torch.zeros_like(cube)
     thin[2:18, 2:18, 8:12] = True
     assert torch.equal(core(thin), thin)
+
+
+def test_composed_curves_are_one_after_the_other():
+    first = ToneCurve((0.1, 0.4, 0.9), (0.0, 0.5, 1.0), 1.2, 0.7)
+    second = ToneCurve((0.0, 0.3, 1.0), (0.1, 0.3, 1.1), 0.5, 2.0)
+    both = composed(first, second)
+    inner, outer = np.linspace(0.1, 0.9, 777), np.array([-0.2, 0.0, 1.1, 1.5])
+    assert both(inner) == pytest.approx(second(first(inner)), abs=5e-4)
+    assert both(outer) == pytest.approx(second(first(outer)), abs=5e-4)
+    assert (np.diff(both(np.linspace(-1, 2, 999))) > 0).all()
 
 
 def test_mapped_is_a_brain():
