@@ -39,7 +39,8 @@ class Plan:
     steps
         Most optimizer steps.
     rate
-        Learning rate of Adam after the warm-up; it falls to nearly 0 along half a cosine.
+        Learning rate of Adam after the warm-up; it falls to nearly 0 along half a cosine of the
+        steps, or of the time where that is limited and runs out first.
     every
         Steps between two looks at the held-out score.
     patience
@@ -131,6 +132,7 @@ def train_network(
     module = _Module(network, name, draw, loss, held_out, plan, seed)
     stop = EarlyStopping("held_out", patience=plan.patience, check_finite=False)
     timer = Timer(timedelta(minutes=plan.minutes) if plan.minutes else None, interval="step")
+    module.timer = timer
     trainer = _trainer(plan, device, folder, [stop, timer, module.keeper])
     last = folder / f"{_CHECKPOINT}.ckpt" if folder else None
     _run(trainer, module, last if last is not None and last.is_file() else None)
@@ -257,6 +259,7 @@ class _Module(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.network = network
+        self.timer = Timer()
         self.keeper = _Keeper()
         self._draw, self._loss, self._held_out = draw, loss, held_out
         self._plan, self._seed, self._name = plan, seed, name
@@ -300,7 +303,10 @@ class _Module(lightning.LightningModule):
 
     def _rate(self, step: int) -> float:
         warm = min(1.0, (step + 1) / 50)
-        fall = 0.5 + 0.5 * math.cos(math.pi * step / max(self._plan.steps, 1))
+        part = step / max(self._plan.steps, 1)
+        if self._plan.minutes:  # a limited training ends with small steps too
+            part = max(part, self.timer.time_elapsed() / (60 * self._plan.minutes))
+        fall = 0.5 + 0.5 * math.cos(math.pi * min(part, 1.0))
         return self._plan.rate * warm * max(fall, 1e-3)
 
     def on_train_epoch_end(self) -> None:
