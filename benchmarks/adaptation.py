@@ -62,10 +62,10 @@ class Site:
                     mask,
                     "T1w",
                     (float(zooms[0]), float(zooms[1]), float(zooms[2])),
-                    nb.orientations.aff2axcodes(affine),
                     scan.site,
                     scan.stem,
                     scan.subject,
+                    nb.orientations.aff2axcodes(affine),
                 )
             )
             self._truth.append(table.truth_of(case, prep)[:2])

@@ -51,7 +51,7 @@ def volume_of(scan: Scan, out_dir: Path) -> Volume:
     axes = nb.orientations.aff2axcodes(raw.affine)
     return Volume(
         np.where(mask, scaled, 0).astype(np.float32), mask, "T1w", (zooms[0], zooms[1], zooms[2]),
-        axes, scan.site, scan.stem, scan.subject,
+        scan.site, scan.stem, scan.subject, axes,
     )  # fmt: skip
 
 

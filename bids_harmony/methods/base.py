@@ -62,24 +62,24 @@ class Volume:
         ``T1w``, ``T2w`` or ``FLAIR``.
     spacing
         Voxel size in mm.
-    axes
-        Side to which each array axis runs: R or L, A or P, S or I.
     site
         Site label, ``n/a`` when unknown.
     name
         For messages, e.g. ``sub-01_T1w``.
     subject
         Label of the participant, so that training can be split by subject; empty when unknown.
+    axes
+        Side to which each array axis runs: R or L, A or P, S or I.
     """
 
     data: FloatArray
     mask: BoolArray
     modality: str
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    axes: tuple[str, str, str] = ("R", "A", "S")
     site: str = "n/a"
     name: str = ""
     subject: str = ""
+    axes: tuple[str, str, str] = ("R", "A", "S")
 
 
 @dataclass(frozen=True)
