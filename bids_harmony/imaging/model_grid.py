@@ -53,6 +53,11 @@ class ModelGrid:
     order: tuple[int, ...]
     flips: tuple[bool, ...]
 
+    @property
+    def averaged(self) -> bool:
+        """Whether voxels of the scan were averaged to the model's."""
+        return self.data.shape != tuple(s.stop - s.start for s in self.box)
+
     def to_scan(self, image: NDArray[Any]) -> FloatArray:
         """An image on the model's grid, interpolated linearly to the scan's; 0 outside the box.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.model_grid import ModelGrid
-from bids_harmony.imaging.tone import ToneCurve
+from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
@@ -207,10 +207,32 @@ class FlowMethod(NeuralMethod):
         grid = on_model_grid(volume, part.resolution)
         image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
         try:
-            curve = part.tone.curve(image, mask)
+            if not grid.averaged:
+                curve = part.tone.curve(image, mask)
+                start = mapped(curve, image, mask)
+            else:
+                curve = self._fine_curve(part, volume)
+                start = torch.from_numpy(
+                    on_model_grid(_toned(volume, curve), part.resolution).data
+                )
         except ScanError as error:
             raise ScanError(f"{volume.name or 'scan'}: {error}") from error
-        return Case(volume.modality, grid, image, mask, curve, mapped(curve, image, mask))
+        return Case(volume.modality, grid, image, mask, curve, start)
+
+    @staticmethod
+    def _fine_curve(part: Part, volume: Volume) -> ToneCurve:
+        """The tone curve of a scan with smaller voxels than the model's.
+
+        Voxels are averaged in the reference domain's tone: the mean of a foreign contrast is not
+        the foreign contrast of the mean, and the curve would depend on the contrast it undoes.
+        """
+        values = torch.from_numpy(volume.data[np.asarray(volume.mask, dtype=bool)]).float()
+        first = part.tone.matching(values)
+        grid = on_model_grid(_toned(volume, first), part.resolution)
+        second = part.tone.curve(
+            torch.from_numpy(grid.data), torch.from_numpy(grid.mask), whole=True
+        )
+        return part.tone.trusted(composed(first, second), values)
 
     def _usable(self, volumes: Sequence[Volume]) -> tuple[Part, list[Case], list[str]]:
         """The part for these volumes' modality, those to adapt to, and why others are left out.
@@ -304,3 +326,7 @@ class FlowMethod(NeuralMethod):
         if part.harmonizer is not None:
             load_arrays(part.harmonizer, arrays, "harmonizer")
         return part
+
+
+def _toned(volume: Volume, curve: ToneCurve) -> Volume:
+    return replace(volume, data=np.maximum(curve(volume.data), 0))

@@ -49,12 +49,8 @@ class Tone:
     network: ToneNetwork
     doubt: float = 0.0
 
-    def curve(self, image: Tensor, mask: Tensor) -> ToneCurve:
-        """The curve of one brain.
-
-        It goes only part of the way where it asks for little: with d its root mean square change
-        of this brain, the share ``max(0, 1 - (doubt / d)**2)`` of it (as Stein's estimator), so
-        that a scan which is like the reference domain already stays as it is.
+    def curve(self, image: Tensor, mask: Tensor, *, whole: bool = False) -> ToneCurve:
+        """The curve of one brain, as far as it can be trusted (`trusted`) unless `whole`.
 
         Parameters
         ----------
@@ -79,10 +75,36 @@ class Tone:
         knots = np.linspace(0, TOP, KNOTS)
         y = targets + np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
-        x = plain.double().numpy()
-        asked = float(np.mean((y - x) ** 2))
+        found = _curve(*merge_ties(plain.double().numpy(), y))
+        return found if whole else self.trusted(found, plain)
+
+    def matching(self, values: Tensor) -> ToneCurve:
+        """The curve from a brain's quantiles to the reference domain's, uncorrected.
+
+        Parameters
+        ----------
+        values
+            Of the brain, any order, (N,).
+        """
+        x = self.quantiles.own(values).double().numpy()
+        return _curve(*merge_ties(x, self.quantiles.values.double().numpy()))
+
+    def trusted(self, curve: ToneCurve, values: Tensor) -> ToneCurve:
+        """A curve that goes only part of the way where it asks for little.
+
+        With d its root mean square change of a brain's `values`, (N,), the share
+        ``max(0, 1 - (doubt / d)**2)`` of it is left (as Stein's estimator), so that a scan which
+        is like the reference domain already stays as it is.
+        """
+        asked = float(np.mean((curve(values.numpy()) - values.numpy()) ** 2))
         share = max(0.0, 1 - self.doubt**2 / max(asked, 1e-12))
-        return _curve(*merge_ties(x, np.maximum(x + share * (y - x), 0)))
+        x, y = np.array(curve.x), np.array(curve.y)
+        return ToneCurve(
+            curve.x,
+            tuple(np.maximum(x + share * (y - x), 0).tolist()),
+            1 + share * (curve.start_slope - 1),
+            1 + share * (curve.end_slope - 1),
+        )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything learned, as arrays."""
