@@ -76,7 +76,7 @@ def tolerant(method):
     """The method that refuses nothing and trusts its curve: it learned for seconds only."""
     made = type(method).from_state(method.arrays(), method.params())
     for part in made._parts.values():
-        part.normal = Normal(1e3, 0.0)
+        part.normal = part.smooth = Normal(1e3, 0.0)
         part.tone = replace(part.tone, doubt=0.0)
     if method.name == "blindharmony":
         made._weights = {modality: Weights(iterations=2) for modality in made._parts}
@@ -210,17 +210,17 @@ def test_a_brain_too_small_for_the_flow_is_refused(model, scan):
 def test_unlikely_scans_are_flagged_and_very_unlikely_ones_refused(model, scan):
     bits = model.harmonize(scan, seed=0).details["bits_per_dimension"]
     part = model._parts["T1w"]
-    kept = part.normal
+    kept = part.normal, part.smooth
     try:
         assert not model.harmonize(scan, seed=0).warnings
-        part.normal = Normal(bits["output"] - 0.6, 0.0)  # flagged above .35, refused above 1
+        part.normal = Normal(bits["output"] - 0.6, 0.0)  # flagged above .35
         warnings = model.harmonize(scan, seed=0).warnings
         assert any("unlike the reference domain" in sentence for sentence in warnings)
-        part.normal = Normal(min(bits["output"], bits["tone"]) - 1.2, 0.0)
+        part.smooth = Normal(bits["smoothed"] - 1.0, 0.0)  # refused above .8
         with pytest.raises(ScanError, match=r"sub-09_T1w: .*bits per dimension.*T1w brain"):
             model.harmonize(scan, seed=0)
     finally:
-        part.normal = kept
+        part.normal, part.smooth = kept
 
 
 def test_networks_that_make_it_worse_are_left_out(model, scan, monkeypatch):
@@ -493,7 +493,7 @@ def test_scans_that_cannot_be_used_are_left_out_of_an_adaptation(model, site):
 
 def test_a_scan_that_would_be_refused_is_not_adapted_to(method, site):
     model = tolerant(method)
-    model._parts["T1w"].normal = Normal(-50.0, 0.0)
+    model._parts["T1w"].smooth = Normal(-50.0, 0.0)
     with pytest.raises(ScanError, match="no scan can be adapted to"):
         model.adapt(site, seed=0)
 

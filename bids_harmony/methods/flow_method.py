@@ -24,7 +24,7 @@ from bids_harmony.methods.base import (
     Volume,
 )
 from bids_harmony.methods.flow_training import Part, Preset, fit_part, on_model_grid
-from bids_harmony.methods.likelihood import Normal, bits_of_brain
+from bids_harmony.methods.likelihood import Normal, bits_of_brain, smoothed
 from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -160,7 +160,8 @@ class FlowMethod(NeuralMethod):
             "input": self._bits(part, case.image, case),
             "tone": self._bits(part, case.start, case),
         }
-        self._refuse(part.normal, bits["tone"], volume)
+        bits["smoothed"] = self._bits(part, smoothed(case.start, case.mask), case)
+        self._refuse(part.smooth, bits["smoothed"], volume)
         result = self._refine(part, case, seed)
         change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
         result = (case.start + change).clamp(min=0) * case.mask
@@ -190,10 +191,11 @@ class FlowMethod(NeuralMethod):
         return Harmonized(self._to_scan(volume, case, rest))
 
     def bits_of(self, volume: Volume) -> tuple[float, float]:
-        """Bits per dimension of a scan as it is, and after its tone curve."""
+        """Bits per dimension of a scan as it is, and as it is judged: toned and smoothed."""
         part = self._part(volume)
         case = self._case(part, volume)
-        return self._bits(part, case.image, case), self._bits(part, case.start, case)
+        judged = smoothed(case.start, case.mask)
+        return self._bits(part, case.image, case), self._bits(part, judged, case)
 
     def _part(self, volume: Volume) -> Part:
         if volume.modality not in self._parts:
@@ -252,7 +254,8 @@ class FlowMethod(NeuralMethod):
             volume = volumes[index]
             try:
                 case = self._case(part, volume)
-                self._refuse(part.normal, self._bits(part, case.start, case), volume)
+                bits = self._bits(part, smoothed(case.start, case.mask), case)
+                self._refuse(part.smooth, bits, volume)
             except ScanError as error:
                 left_out.append(str(error))
             else:
@@ -265,12 +268,12 @@ class FlowMethod(NeuralMethod):
         return bits_of_brain(part.flow, image, case.mask, self.axis)
 
     def _refuse(self, normal: Normal, bits: float, volume: Volume) -> None:
-        """Refuse what is no brain of the modality; ``bits`` are after the tone curve."""
+        """Refuse what is no brain of the modality; ``bits`` are after tone curve and blur."""
         if not bits <= normal.refuse:
             raise ScanError(
-                f"{volume.name or 'scan'}: {bits:.2f} bits per dimension, the reference domain's "
-                f"brains have {normal.mean:.2f} (refused above {normal.refuse:.2f}): not a "
-                f"{volume.modality} brain in the usual orientation, or full of artefacts; check "
+                f"{volume.name or 'scan'}: {bits:.2f} bits per dimension once smoothed, the "
+                f"reference domain's brains have {normal.mean:.2f} (refused above "
+                f"{normal.refuse:.2f}): not a {volume.modality} brain, or full of artefacts; check "
                 "modality, mask and header, or use a statistical method"
             )
 

@@ -15,7 +15,13 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
-from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, usable_slices
+from bids_harmony.methods.likelihood import (
+    Normal,
+    bits_of_brain,
+    normal_of,
+    smoothed,
+    usable_slices,
+)
 from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, mapped
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
@@ -74,8 +80,9 @@ class Part:
         Voxel size of the model's grid in mm.
     tone, flow, harmonizer
         The networks.
-    normal
-        Bits per dimension of held-out reference brains.
+    normal, smooth
+        Bits per dimension of held-out reference brains, and of the same after `smoothed`, by
+        which scans are refused.
     scores
         Held-out scores and facts of the training.
     """
@@ -85,6 +92,7 @@ class Part:
     flow: Flow
     harmonizer: HarmonizerUNet | None
     normal: Normal
+    smooth: Normal
     scores: Mapping[str, Any]
 
     def to(self, device: str) -> None:
@@ -100,6 +108,7 @@ class Part:
             "flow": self.flow.config(),
             "harmonizer": self.harmonizer.config() if self.harmonizer else None,
             "normal": self.normal.to_dict(),
+            "smooth": self.smooth.to_dict(),
             "scores": dict(self.scores),
         }
 
@@ -115,6 +124,7 @@ class Part:
             flow,
             HarmonizerUNet.from_config(harmonizer) if harmonizer else None,
             Normal.from_dict(content["normal"]),
+            Normal.from_dict(content["smooth"]),
             content["scores"],
         )
 
@@ -160,15 +170,24 @@ def fit_part(
         flow, brains, held_out, preset, seed, training, method.axis, 0.8 * rest
     )
     flow.eval().requires_grad_(False)
-    bits = _bits_of(flow, tone, held_out, method.axis), _bits_of(flow, tone, brains, method.axis)
-    normal = replace(normal_of(bits[0]), deviation=normal_of([*bits[0], *bits[1]]).deviation)
+    sharp, blurred = (
+        [_bits_of(flow, tone, part, method.axis, smooth=smooth) for part in (held_out, brains)]
+        for smooth in (False, True)
+    )
     files = {
         "curves.csv": curves_csv(runs),
         "training.png": training_png(runs),
         "samples.png": samples_png(flow, brains[0], method.axis, seed),
     }
-    scores = _scores(tone_scores, bits, runs)
-    return Part(preset.resolution, tone, flow, harmonizer, normal, scores), files
+    return Part(
+        preset.resolution, tone, flow, harmonizer, _normal(*sharp), _normal(*blurred),
+        _scores(tone_scores, (sharp[0], sharp[1]), runs),
+    ), files  # fmt: skip
+
+
+def _normal(held_out: Sequence[float], trained: Sequence[float]) -> Normal:
+    """Mean of held-out brains, spread of all."""
+    return replace(normal_of(held_out), deviation=normal_of([*held_out, *trained]).deviation)
 
 
 def _scores(
@@ -359,12 +378,15 @@ def _train_flow(
     )
 
 
-def _bits_of(flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int) -> list[float]:
+def _bits_of(
+    flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int, *, smooth: bool
+) -> list[float]:
     """Bits per dimension of reference brains after their tone was mapped, as any scan's is."""
     found = []
     for image, mask in brains:
         start = mapped(tone.curve(image, mask), image, mask)
-        found.append(bits_of_brain(flow, start, mask, axis))
+        seen = smoothed(start, mask) if smooth else start
+        found.append(bits_of_brain(flow, seen, mask, axis))
     if not np.isfinite(found).all():
         raise ScanError(
             "the flow gives reference brains a likelihood that is not finite; check the training "

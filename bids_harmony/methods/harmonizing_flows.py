@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -129,10 +130,7 @@ class HarmonizingFlows(FlowMethod):
             assert part.harmonizer is not None
             harmonizer = deepcopy(part.harmonizer)
             load_arrays(harmonizer, adaptation.arrays, "harmonizer")
-            made._parts[modality] = Part(
-                part.resolution, part.tone, part.flow, harmonizer.to(self._device),
-                part.normal, part.scores,
-            )  # fmt: skip
+            made._parts[modality] = replace(part, harmonizer=harmonizer.to(self._device))
         return made
 
 
