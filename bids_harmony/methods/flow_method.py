@@ -273,7 +273,7 @@ class FlowMethod(NeuralMethod):
             raise ScanError(
                 f"{volume.name or 'scan'}: {bits:.2f} bits per dimension once smoothed, the "
                 f"reference domain's brains have {normal.mean:.2f} (refused above "
-                f"{normal.refuse:.2f}): not a {volume.modality} brain, or full of artefacts; check "
+                f"{normal.refuse:.2f}): no {volume.modality} brain, or full of artefacts; check "
                 "modality, mask and header, or use a statistical method"
             )
 
