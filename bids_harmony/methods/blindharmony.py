@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from scipy import ndimage
@@ -142,14 +142,10 @@ class BlindHarmony(FlowMethod):
 
     def adapted(self, adaptation: Adaptation) -> Self:
         """The method with the site's beta1."""
-        details: Mapping[str, Any] = adaptation.details
-        modality, beta1 = str(details.get("modality")), details.get("beta1")
-        if modality not in self._parts:
-            raise ScanError(f"{self.name}: the model was not trained on {modality}")
+        made, modality = self._copy_for(adaptation)
+        beta1 = adaptation.details.get("beta1")
         if beta1 not in BETA1:
             raise ScanError(f"{self.name}: the adaptation does not fit the model; make it anew")
-        made = type(self)(dict(self._parts), self._preset)
-        made.place_on(self._device, self._threads)
         made._weights = {
             **self._weights,
             modality: replace(self._weights[modality], beta1=float(beta1)),

@@ -17,6 +17,7 @@ from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
+    Adaptation,
     Contract,
     Harmonized,
     NeuralMethod,
@@ -160,7 +161,7 @@ class FlowMethod(NeuralMethod):
             "input": self._bits(part, case.image, case),
             "tone": self._bits(part, case.start, case),
         }
-        bits["smoothed"] = self._bits(part, smoothed(case.start, case.mask), case)
+        bits["smoothed"] = self._judged(part, case)
         self._refuse(part.smooth, bits["smoothed"], volume)
         result = self._refine(part, case, seed)
         change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
@@ -194,8 +195,7 @@ class FlowMethod(NeuralMethod):
         """Bits per dimension of a scan as it is, and as it is judged: toned and smoothed."""
         part = self._part(volume)
         case = self._case(part, volume)
-        judged = smoothed(case.start, case.mask)
-        return self._bits(part, case.image, case), self._bits(part, judged, case)
+        return self._bits(part, case.image, case), self._judged(part, case)
 
     def _part(self, volume: Volume) -> Part:
         if volume.modality not in self._parts:
@@ -254,7 +254,7 @@ class FlowMethod(NeuralMethod):
             volume = volumes[index]
             try:
                 case = self._case(part, volume)
-                bits = self._bits(part, smoothed(case.start, case.mask), case)
+                bits = self._judged(part, case)
                 self._refuse(part.smooth, bits, volume)
             except ScanError as error:
                 left_out.append(str(error))
@@ -266,6 +266,25 @@ class FlowMethod(NeuralMethod):
 
     def _bits(self, part: Part, image: Tensor, case: Case) -> float:
         return bits_of_brain(part.flow, image, case.mask, self.axis)
+
+    def _copy_for(self, adaptation: Adaptation) -> tuple[Self, str]:
+        """A copy of the method to be changed for a site, and the adaptation's modality.
+
+        Raises
+        ------
+        ScanError
+            If the model was not trained on that modality.
+        """
+        modality = str(adaptation.details.get("modality"))
+        if modality not in self._parts:
+            raise ScanError(f"{self.name}: the model was not trained on {modality}")
+        made = type(self)(dict(self._parts), self._preset)
+        made.place_on(self._device, self._threads)
+        return made, modality
+
+    def _judged(self, part: Part, case: Case) -> float:
+        """Bits per dimension by which a scan is refused or not."""
+        return self._bits(part, smoothed(case.start, case.mask), case)
 
     def _refuse(self, normal: Normal, bits: float, volume: Volume) -> None:
         """Refuse what is no brain of the modality; ``bits`` are after tone curve and blur."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tone import composed
 from bids_harmony.methods.base import Adaptation, Volume
 from bids_harmony.methods.flow_method import Case, FlowMethod
@@ -120,11 +119,7 @@ class HarmonizingFlows(FlowMethod):
 
     def adapted(self, adaptation: Adaptation) -> Self:
         """The method with the adapted harmonizer in place of the pre-trained one."""
-        modality = str(adaptation.details.get("modality"))
-        if modality not in self._parts:
-            raise ScanError(f"{self.name}: the model was not trained on {modality}")
-        made = type(self)(dict(self._parts), self._preset)
-        made.place_on(self._device, self._threads)
+        made, modality = self._copy_for(adaptation)
         if adaptation.arrays:
             part = self._parts[modality]
             assert part.harmonizer is not None

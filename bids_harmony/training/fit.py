@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import torch
@@ -24,10 +24,6 @@ from bids_harmony.errors import HarmonyError
 LOG = logging.getLogger("bids_harmony")
 _CHECKPOINT = "last"
 _REJECTED_LIMIT = 20  # in a row: the training has diverged and does not come back
-
-
-class Batch(Protocol):
-    """What `draw` gives: anything that Lightning can move to a device, such as tensors."""
 
 
 @dataclass(frozen=True)
