@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,15 @@ Transform: AffineTransform_double_3_3
 Parameters: 1 0 0 0 1 0 0 0 1 0 0 0
 FixedParameters: 0 0 0
 """
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging():
+    """The command line takes the log over; the next test gets it back as it was."""
+    log = logging.getLogger("bids_harmony")
+    kept = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = kept
 
 
 class Brains:

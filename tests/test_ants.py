@@ -203,6 +203,19 @@ def test_n4_recovers_a_known_field_and_keeps_zeros(tmp_path):
     assert np.abs(again[mask] / found - 1).max() < 0.02
 
 
+def test_n4_takes_the_field_of_an_earlier_run(tmp_path):
+    scan, mask_file, *_ = biased_scan(tmp_path)
+    first = N4BiasField(in_file=scan, mask_file=mask_file).run(cwd=str(tmp_path)).outputs
+    kept, divided = load(first.bias_file), load(first.out_file)[0]
+    double = save(2 * kept[0], kept[1], tmp_path / "double.nii.gz")
+    again = N4BiasField(in_file=scan, mask_file=mask_file, given_file=double)
+    out = again.run(cwd=str(tmp_path)).outputs
+    assert np.allclose(load(out.out_file)[0], divided / 2, rtol=1e-6)
+    small = save(kept[0][1:], kept[1], tmp_path / "small.nii.gz")
+    with pytest.raises(ScanError, match=r"small\.nii\.gz: not a bias field of this scan"):
+        N4BiasField(in_file=scan, mask_file=mask_file, given_file=small).run(cwd=str(tmp_path))
+
+
 def test_n4_refuses_negative_values_and_foreign_masks(tmp_path):
     affine = np.diag([3.0, 3, 3, 1])
     scan = save(np.full((10, 10, 10), -1.0), affine, tmp_path / "negative.nii.gz")

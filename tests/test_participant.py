@@ -281,6 +281,25 @@ def test_minimal_level_is_reused(full, bundle, tmp_path):
     assert not list(out.rglob("*harmonized*.nii.gz"))
 
 
+def test_another_run_fits_no_second_bias_field(full, bundle, tmp_path, monkeypatch):
+    """The field of an earlier run serves, and gives the same voxels."""
+    out = tmp_path / "out"
+    shutil.copytree(full.out_dir, out)
+    stem = "sub-01_desc-harmonized_T1w.nii.gz"
+    (made,) = out.rglob(stem)
+    before = made.read_bytes()
+    made.unlink()
+
+    def fit_bias(*_args):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("bids_harmony.interfaces.ants.fit_bias", fit_bias)
+    options = ["--model", bundle, *serial(tmp_path / "work"), *SPACES]
+    ran = call(full.raw.root, out, "participant", *options)
+    assert ran.code == 0, ran.err
+    assert made.read_bytes() == before
+
+
 def test_minimal_level(tiny, transforms, tmp_path):
     out = tmp_path / "out"
     options = ["--level", "minimal", "--participant-label", "01", "--modality", "T1w"]

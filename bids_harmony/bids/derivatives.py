@@ -49,6 +49,8 @@ class Precomputed:
         Sentences about what was looked for, taken or refused.
     doubts
         What an earlier run of ours doubted about the mask.
+    bias_field
+        An earlier run's, on the coarse grid.
     """
 
     mask: Path | None = None
@@ -57,6 +59,7 @@ class Precomputed:
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    bias_field: Path | None = None
 
 
 def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> Precomputed:

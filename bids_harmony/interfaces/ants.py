@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nipype.interfaces.base import InputMultiObject
 from nipype.utils.filemanip import fname_presuffix
 
@@ -92,6 +93,7 @@ class AntsSpec(BaseInterfaceInputSpec):
 class _N4InputSpec(AntsSpec):
     in_file = File(exists=True, mandatory=True, desc="conformed scan, finite, non-negative")
     mask_file = File(exists=True, desc="brain mask on the scan's grid")
+    given_file = File(exists=True, desc="the field that an earlier run fitted to this scan")
 
 
 class _N4OutputSpec(TimedOutputSpec):
@@ -100,7 +102,7 @@ class _N4OutputSpec(TimedOutputSpec):
 
 
 class N4BiasField(TimedInterface):
-    """Divide a scan by its N4 bias field, fitted on a coarse grid."""
+    """Divide a scan by its N4 bias field, fitted on a coarse grid or by an earlier run."""
 
     input_spec = _N4InputSpec
     output_spec = _N4OutputSpec
@@ -110,14 +112,27 @@ class N4BiasField(TimedInterface):
         data, affine = load(source)
         if data.min() < 0:
             raise ScanError(f"{source}: holds negative intensities; conform it first")
-        mask = given_mask(self.inputs.mask_file, data, affine)
-        with ants_session(self.inputs.num_threads, self.inputs.random_seed, folder) as ants:
-            field = fit_bias(ants, data, affine, mask)
         grid = coarse_affine(affine, voxel_factors(affine, N4_SPACING))
+        if isdefined(self.inputs.given_file):
+            field = self._earlier(data.shape, affine)
+        else:
+            mask = given_mask(self.inputs.mask_file, data, affine)
+            with ants_session(self.inputs.num_threads, self.inputs.random_seed, folder) as ants:
+                field = fit_bias(ants, data, affine, mask)
         out = fname_presuffix(source, suffix="_n4", newpath=folder)
         bias = fname_presuffix(source, suffix="_bias", newpath=folder)
         self._results["bias_file"] = save(field, grid, bias)
         self._results["out_file"] = save(divide_by_bias(data, affine, field), affine, out)
+
+    def _earlier(self, shape: tuple[int, ...], affine: Array) -> Array:
+        """The given field, checked: on the scan's coarse grid, positive and finite."""
+        path = self.inputs.given_file
+        field: Array = load(path)[0]
+        factors = voxel_factors(affine, N4_SPACING)
+        wanted = tuple(-(-n // k) for n, k in zip(shape, factors, strict=True))
+        if field.shape != wanted or not np.isfinite(field).all() or field.min() <= 0:
+            raise ScanError(f"{path}: not a bias field of this scan; delete it and run again")
+        return field
 
 
 class _RigidInputSpec(AntsSpec):

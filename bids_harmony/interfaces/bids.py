@@ -48,7 +48,7 @@ class _PreprocessedOutput(TimedOutputSpec):
 
 
 class WritePreprocessed(TimedInterface):
-    """Brain mask, bias field, transform as derivatives; a later run reuses mask and transform."""
+    """Brain mask, bias field, transform as derivatives; a later run reuses them."""
 
     _always_run = True
     input_spec = _PreprocessedInput

@@ -90,14 +90,18 @@ def init_preprocess_wf(
             ("out_file", "scaled_file"), ("scale", "scale"), ("seconds", "scale_seconds"),
         ]),
     ])  # fmt: skip
-    corrected = _connect_bias(workflow, prep, gigabytes, common)
+    corrected = _connect_bias(workflow, prep, given, gigabytes, common)
     _connect_registration(workflow, prep, given, gigabytes, common, corrected)
     workflow.remove_nodes([workflow.get_node(n) for n in leave_out])
     return workflow
 
 
 def _connect_bias(
-    workflow: Workflow, prep: Preprocessing, gigabytes: float, common: dict[str, int]
+    workflow: Workflow,
+    prep: Preprocessing,
+    given: Precomputed,
+    gigabytes: float,
+    common: dict[str, int],
 ) -> tuple[Node, str]:
     """N4, or the conformed scan as it is; return where the corrected scan comes from."""
     conform, mask, scale, write, outputnode = (
@@ -107,6 +111,8 @@ def _connect_bias(
     source = (conform, "out_file")
     if prep.bias_field:
         n4 = Node(N4BiasField(**common), name="n4", n_procs=prep.threads, mem_gb=gigabytes)
+        if given.bias_field:
+            n4.inputs.given_file = str(given.bias_field)
         workflow.connect([
             (conform, n4, [("out_file", "in_file")]),
             (mask, n4, [("out_file", "mask_file")]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ def find_given(
 ) -> Precomputed:
     """Mask and transform from the user's derivatives, else from an earlier run of ours.
 
-    An earlier run counts only with the same settings and the same raw file. Without
-    ``--derivatives`` a mask is never taken over a forced brain extraction.
+    An earlier run counts only with the same settings and the same raw file; its transform and
+    its bias field only with its mask. Without ``--derivatives`` a mask is never taken over a
+    forced brain extraction.
     """
     given = find_precomputed(scan, folders, prep.template) if folders else Precomputed()
     if given.mask and given.to_template:
@@ -30,6 +32,7 @@ def find_given(
     transform = derivative_path(
         out_dir, scan, from_=scan.suffix, to=prep.template, extension=".txt"
     )
+    bias = derivative_path(out_dir, scan, desc="n4", suffix="biasfield")
     sources, doubts = dict(given.sources), []
     mask_file, transform_file = given.mask, given.to_template
     words = _own(mask, scan, prep)
@@ -38,7 +41,15 @@ def find_given(
         doubts = words.get("Warnings", [])
     if transform_file is None and mask_file == mask and _own(transform, scan, prep) is not None:
         transform_file, sources["to_template"] = transform, EARLIER_RUN
-    return Precomputed(mask_file, transform_file, given.preproc, sources, given.notes, doubts)
+    again = prep.bias_field and mask_file == mask and _own(bias, scan, prep) is not None
+    return replace(
+        given,
+        mask=mask_file,
+        to_template=transform_file,
+        bias_field=bias if again else None,
+        sources=sources,
+        doubts=doubts,
+    )
 
 
 def _own(path: Path, scan: Scan, prep: Preprocessing) -> dict[str, Any] | None:
