@@ -19,7 +19,12 @@ from bids_harmony.networks.tone import (  # noqa: E402
     ToneNetwork,
     joint_histogram,
 )
-from bids_harmony.training.tone import Quantiles, foreign_part, mean_quantiles  # noqa: E402
+from bids_harmony.training.tone import (  # noqa: E402
+    Quantiles,
+    foreign_part,
+    mean_quantiles,
+    probabilities,
+)
 from tests.flow_brains import brain  # noqa: E402
 
 EDGES = (0.012, 0.02, 0.032, 0.05, 0.08, 0.12)
@@ -99,9 +104,17 @@ def test_a_brain_too_thin_to_count_has_no_features():
 def test_mean_quantiles_are_numpys():
     volumes = [brain(1), brain(2, gamma=1.3)]
     found = mean_quantiles([tensors(v) for v in volumes]).values.numpy()
-    at = (np.arange(256) + 0.5) / 256
+    at = probabilities(256).double().numpy()
     each = [np.quantile(v.data[v.mask].astype(float), at) for v in volumes]
     assert found == pytest.approx(np.mean(each, axis=0), abs=2e-3)
+
+
+def test_tails_are_known_in_detail():
+    at = probabilities(256)
+    assert torch.all(at.diff() > 0)
+    assert at + at.flip(0) == pytest.approx(np.ones(256), abs=1e-6)
+    assert 0 < float(at[0]) < 2e-5
+    assert (at < 0.01).sum() > 10
 
 
 def test_quantile_mapping_is_interpolation_between_quantiles():
@@ -111,7 +124,7 @@ def test_quantile_mapping_is_interpolation_between_quantiles():
     own = quantiles.map_of(image[mask])
     values = image[mask].double().numpy()
     mapped = quantiles.apply(image[mask], own).numpy()
-    at = (np.arange(256) + 0.5) / 256
+    at = probabilities(256).double().numpy()
     x, y = (
         mid_quantiles(values, at),
         mid_quantiles(reference.data[reference.mask].astype(float), at),
@@ -119,7 +132,8 @@ def test_quantile_mapping_is_interpolation_between_quantiles():
     inner = (values > x[0]) & (values < x[-1])
     assert mapped[inner] == pytest.approx(np.interp(values[inner], x, y), abs=8e-3)
     # Beyond the ends it goes on, and never below 0.
-    assert mapped.max() > y[-1]
+    beyond = quantiles.apply(own[-1:] + (own[-1] - own[-2]), own)
+    assert float(beyond) == pytest.approx(2 * y[-1] - quantiles.values[-2].item(), abs=1e-3)
     assert mapped.min() >= 0
 
 

@@ -25,6 +25,7 @@ from bids_harmony.training.tone import Quantiles, mean_quantiles, train_tone
 
 _RIM = 2  # voxels of the model's grid
 _LEAST_CORE = 0.2
+_LEAST_LEVELS = 8
 _END_SLOPE = (0.5, 2.0)  # least and most, relative to the curve's mean slope
 
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
@@ -76,7 +77,7 @@ class Tone:
         y = targets + np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
         found = _curve(*merge_ties(plain.double().numpy(), y))
-        return found if whole else self.trusted(found, plain)
+        return found if whole else self.trusted(found, values)
 
     def matching(self, values: Tensor) -> ToneCurve:
         """The curve from a brain's quantiles to the reference domain's, uncorrected.
@@ -168,8 +169,8 @@ def fit_tone_model(
 
 
 def _curve(x: Float64Array, y: Float64Array) -> ToneCurve:
-    """Through these knots; beyond them with the slope of the outer twentieth, bounded."""
-    if len(x) < 2:
+    """Through these knots; beyond them with the slope of the outer ones, bounded."""
+    if len(x) < _LEAST_LEVELS:
         raise ScanError("nearly all brain voxels have one value; check image and mask")
     edge = max(len(x) // 20, 1)
     outer = (y[edge] - y[0]) / (x[edge] - x[0]), (y[-1] - y[-1 - edge]) / (x[-1] - x[-1 - edge])
