@@ -84,7 +84,9 @@ def verdict(method: FlowMethod, volume: Volume) -> tuple[float, float, str]:
         done = method.harmonize(volume, seed=0)
     except ScanError as error:
         before, after = method.bits_of(volume)
-        return before, after, "refused" if "bits per dimension" in str(error) else str(error)
+        known = {"bits per dimension": "refused", "lies turned": "refused (turned)"}
+        word = next((w for part, w in known.items() if part in str(error)), str(error))
+        return before, after, word
     bits = done.details["bits_per_dimension"]
     word = "flagged" if any("unlike" in w for w in done.warnings) else "taken"
     return bits.get("input", float("inf")), bits["smoothed"], word

@@ -16,7 +16,7 @@ from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.base import Adaptation, NeuralMethod, Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.flow_optimization import Weights  # noqa: E402
-from bids_harmony.methods.flow_training import split_by_subject  # noqa: E402
+from bids_harmony.methods.flow_training import layout_of, split_by_subject  # noqa: E402
 from bids_harmony.methods.likelihood import Normal  # noqa: E402
 from bids_harmony.training.fit import Plan  # noqa: E402
 from tests import flow_brains  # noqa: E402
@@ -111,6 +111,27 @@ def turned(volume, codes):
 
 
 # --- harmonize
+
+
+def heavy_below(volume):
+    """The brain without its lower corners: upside down is another brain."""
+    mask = volume.mask.copy()
+    mask[:, : SHAPE[1] // 2, : SHAPE[2] // 3] = False
+    return replace(volume, mask=mask, data=np.where(mask, volume.data, 0))
+
+
+def test_a_brain_that_lies_turned_is_refused(model, scan):
+    """In its own orientation the same brain is taken, however its array is stored."""
+    cut = [heavy_below(v) for v in (*REFERENCE, scan)]
+    made = tolerant(model)
+    (part,) = made._parts.values()
+    part.layout = layout_of(cut[:-1], part.tone, part.resolution)
+    stored, _ = turned(cut[-1], ("L", "S", "P"))
+    for right in (cut[-1], stored):
+        assert made.harmonize(right, seed=0).data.max() > 0
+    wrong = replace(cut[-1], data=cut[-1].data[:, :, ::-1], mask=cut[-1].mask[:, :, ::-1])
+    with pytest.raises(ScanError, match=r"lies turned: .* right, anterior, inferior .* correct"):
+        made.harmonize(wrong, seed=0)
 
 
 def test_output_contract(model, scan):

@@ -44,6 +44,8 @@ class ModelGrid:
         Shape of the scan in the model's orientation.
     order, flips
         Axis of the scan for each axis of the model, and whether it runs the other way.
+    spacing
+        Voxel size along the model's axes, mm.
     """
 
     data: FloatArray
@@ -52,6 +54,7 @@ class ModelGrid:
     full_shape: tuple[int, ...]
     order: tuple[int, ...]
     flips: tuple[bool, ...]
+    spacing: tuple[float, ...]
 
     @property
     def averaged(self) -> bool:
@@ -124,7 +127,9 @@ def to_model_grid(
             raise ScanError(f"no brain is left at {resolution:g} mm; check the mask")
         image = np.where(brain, image / np.maximum(weight, 0.5), 0).astype(np.float32)
     full = tuple(data.shape[a] for a in order)
-    return ModelGrid(image, brain, box, full, order, flips)
+    wide = [z * (s.stop - s.start) for z, s in zip(zooms, box, strict=True)]
+    size = tuple(w / n for w, n in zip(wide, image.shape, strict=True))
+    return ModelGrid(image, brain, box, full, order, flips, size)
 
 
 def _turned(image: NDArray[Any], order: Sequence[int], flips: Sequence[bool]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
+from bids_harmony.imaging.layout import Layout, cells
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
@@ -25,11 +26,14 @@ from bids_harmony.methods.base import (
     Volume,
 )
 from bids_harmony.methods.flow_training import Part, Preset, fit_part, on_model_grid
-from bids_harmony.methods.likelihood import Normal, bits_of_brain, smoothed
+from bids_harmony.methods.likelihood import bits_of_brain, smoothed
 from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
+_SIDE_NAMES = {
+    "R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior",
+}  # fmt: skip
 _MOST_CHANGE = 0.3  # of the scale, beyond the tone: more is invention, not harmonization
 
 
@@ -161,8 +165,7 @@ class FlowMethod(NeuralMethod):
             "input": self._bits(part, case.image, case),
             "tone": self._bits(part, case.start, case),
         }
-        bits["smoothed"] = self._judged(part, case)
-        self._refuse(part.smooth, bits["smoothed"], volume)
+        bits["smoothed"] = self._admitted(part, case, volume)
         result = self._refine(part, case, seed)
         change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
         result = (case.start + change).clamp(min=0) * case.mask
@@ -254,8 +257,7 @@ class FlowMethod(NeuralMethod):
             volume = volumes[index]
             try:
                 case = self._case(part, volume)
-                bits = self._judged(part, case)
-                self._refuse(part.smooth, bits, volume)
+                self._admitted(part, case, volume)
             except ScanError as error:
                 left_out.append(str(error))
             else:
@@ -286,8 +288,9 @@ class FlowMethod(NeuralMethod):
         """Bits per dimension by which a scan is refused or not."""
         return self._bits(part, smoothed(case.start, case.mask), case)
 
-    def _refuse(self, normal: Normal, bits: float, volume: Volume) -> None:
-        """Refuse what is no brain of the modality; ``bits`` are after tone curve and blur."""
+    def _admitted(self, part: Part, case: Case, volume: Volume) -> float:
+        """Refuse what is no upright brain of the modality; bits by which it was judged."""
+        normal, bits = part.smooth, self._judged(part, case)
         if not bits <= normal.refuse:
             raise ScanError(
                 f"{volume.name or 'scan'}: {bits:.2f} bits per dimension once smoothed, the "
@@ -295,6 +298,16 @@ class FlowMethod(NeuralMethod):
                 f"{normal.refuse:.2f}): no {volume.modality} brain, or full of artefacts; check "
                 "modality, mask and header, or use a statistical method"
             )
+        grid = case.grid
+        axes, saved = part.layout.turned(cells(case.start.numpy(), grid.mask, grid.spacing))
+        if saved > 0:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "
+                f"anterior, superior seems to be {', '.join(_SIDE_NAMES[a] for a in axes)} "
+                f"(saves {saved:.2f} bits per cell; left and right may be exchanged); correct "
+                "the header's orientation"
+            )
+        return bits
 
     @staticmethod
     def _to_scan(volume: Volume, case: Case, rest: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -318,7 +331,8 @@ class FlowMethod(NeuralMethod):
         """Weights of every part, keys ``<modality>/<network>/<weight>``."""
         found: dict[str, NDArray[Any]] = {}
         for modality, part in self._parts.items():
-            arrays = {**part.tone.arrays(), **state_arrays(part.flow, "flow")}
+            arrays = {**part.tone.arrays(), **part.layout.arrays()}
+            arrays |= state_arrays(part.flow, "flow")
             if part.harmonizer is not None:
                 arrays |= state_arrays(part.harmonizer, "harmonizer")
             found |= {f"{modality}/{key}": value for key, value in arrays.items()}
@@ -343,7 +357,7 @@ class FlowMethod(NeuralMethod):
 
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], content: Mapping[str, Any]) -> Part:
-        part = Part.empty(Tone.from_arrays(arrays), content)
+        part = Part.empty(Tone.from_arrays(arrays), Layout.from_arrays(arrays), content)
         load_arrays(part.flow, arrays, "flow")
         if part.harmonizer is not None:
             load_arrays(part.harmonizer, arrays, "harmonizer")

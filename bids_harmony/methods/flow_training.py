@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.layout import Layout, cells
 from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
@@ -80,6 +81,8 @@ class Part:
         Voxel size of the model's grid in mm.
     tone, flow, harmonizer
         The networks.
+    layout
+        Where brain and brightness lie in the reference domain's brains.
     normal, smooth
         Bits per dimension of held-out reference brains, and of the same after `smoothed`, by
         which scans are refused.
@@ -91,6 +94,7 @@ class Part:
     tone: Tone
     flow: Flow
     harmonizer: HarmonizerUNet | None
+    layout: Layout
     normal: Normal
     smooth: Normal
     scores: Mapping[str, Any]
@@ -113,7 +117,7 @@ class Part:
         }
 
     @classmethod
-    def empty(cls, tone: Tone, content: Mapping[str, Any]) -> Part:
+    def empty(cls, tone: Tone, layout: Layout, content: Mapping[str, Any]) -> Part:
         """A part with untrained networks, from `params`."""
         harmonizer = content["harmonizer"]
         flow = build_flow(content["flow"])
@@ -123,6 +127,7 @@ class Part:
             tone,
             flow,
             HarmonizerUNet.from_config(harmonizer) if harmonizer else None,
+            layout,
             Normal.from_dict(content["normal"]),
             Normal.from_dict(content["smooth"]),
             content["scores"],
@@ -180,9 +185,21 @@ def fit_part(
         "samples.png": samples_png(flow, brains[0], method.axis, seed),
     }
     return Part(
-        preset.resolution, tone, flow, harmonizer, _normal(*sharp), _normal(*blurred),
+        preset.resolution, tone, flow, harmonizer, layout_of(volumes, tone, preset.resolution),
+        _normal(*sharp), _normal(*blurred),
         _scores(tone_scores, (sharp[0], sharp[1]), runs),
     ), files  # fmt: skip
+
+
+def layout_of(volumes: Sequence[Volume], tone: Tone, resolution: float) -> Layout:
+    """Layout of the reference brains after their tone was mapped, as any scan's is."""
+    found = []
+    for volume in volumes:
+        grid = on_model_grid(volume, resolution)
+        image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
+        start = mapped(tone.curve(image, mask), image, mask)
+        found.append(cells(start.numpy(), grid.mask, grid.spacing))
+    return Layout.of(found)
 
 
 def _normal(held_out: Sequence[float], trained: Sequence[float]) -> Normal:
