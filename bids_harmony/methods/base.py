@@ -202,6 +202,9 @@ class NeuralMethod(Method):
     presets: ClassVar[tuple[str, ...]] = ("cpu", "paper")
     #: Whether `adapt` learns something from the scans of a site that training has not seen.
     adapts: ClassVar[bool] = False
+    #: Whether `adapt` also takes `segmentation`, a `task_entropy.Segmentation` whose entropy on
+    #: the harmonized slices must not rise.
+    adapts_by_entropy: ClassVar[bool] = False
 
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:

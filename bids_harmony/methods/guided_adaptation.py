@@ -3,13 +3,14 @@
 Plain likelihood destroys images: a flow likes dark, flat ones best. Hence the goal is the
 likelihood that held-out reference brains have, not the largest one; what lies below it has no
 gradient. Edges must stay where the pre-trained harmonizer left them, the weights near where they
-were, and of all states looked at the best is kept, the pre-trained one among them.
+were, and of all states looked at the best is kept, the pre-trained one among them. A network of
+the user's task may judge too: states that make it less sure are not kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bids_harmony.errors import ScanError
 from bids_harmony.methods.flow_optimization import gradient_magnitude, masked_ncc
 from bids_harmony.methods.likelihood import Normal, slices_of, usable_slices
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.training.slices import on_canvas
+
+#: Of harmonized slices and their masks, (N, 1, H, W) both: 0 (sure) to 1.
+Entropy = Callable[[Tensor, Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class AdaptationPlan:
     gain
         Least fall in bits for a state to be kept instead of an earlier one.
     patience
-        Looks without a better state before it stops.
+        Looks without a better state, or with a larger entropy, before it stops.
     guided
         Whether the flow takes part; without it only for comparison.
     stop_at_normal
         Whether bits below the held-out reference brains' have no gradient, and end it.
+    entropy_slack
+        So much may the entropy of a state be above that of the one kept before, but never above
+        the pre-trained one's.
     """
 
     steps: int = 30
@@ -65,6 +73,7 @@ class AdaptationPlan:
     patience: int = 3
     guided: bool = True
     stop_at_normal: bool = True
+    entropy_slack: float = 0.001
 
 
 def adapt_harmonizer(
@@ -77,6 +86,7 @@ def adapt_harmonizer(
     plan: AdaptationPlan,
     seed: int,
     states: list[dict[str, Tensor]] | None = None,
+    entropy: Entropy | None = None,
 ) -> dict[str, Any]:
     """Adapt in place to tone-mapped brains of one site; it ends in the best state.
 
@@ -98,19 +108,27 @@ def adapt_harmonizer(
         Of the choice of slices.
     states
         Gets a copy of the weights at every look, for curves against the number of steps.
+    entropy
+        Of a task's network on harmonized slices; states at which it rose are not kept.
 
     Returns
     -------
     details
         ``bpd_before``, ``bpd_after``, ``bpd_goal``, ``steps``, ``kept_step``,
-        ``rejected_steps``, ``stop_reason`` and ``history`` (step, bits, edge correlation).
+        ``rejected_steps``, ``stop_reason`` and ``history`` (step, bits, edge correlation). With
+        `entropy` also ``entropy_before``, ``entropy_after``, and ``entropy`` in the history.
+
+    Raises
+    ------
+    ScanError
+        If the entropy of the pre-trained state is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(harmonizer.parameters()).device
     slabs = _Slabs(brains, harmonizer, flow, axis, device)
     checks = slabs.draw(plan.checks, generator)
     anchor = deepcopy(harmonizer).requires_grad_(False)
-    run = _Run(harmonizer, anchor, flow, normal, plan)
+    run = _Run(harmonizer, anchor, flow, normal, plan, entropy)
     run.look(0, checks, states)
     reason = run.reason()
     optimizer = torch.optim.Adam(harmonizer.parameters(), plan.rate, betas=(0.9, 0.99))
@@ -131,17 +149,8 @@ def adapt_harmonizer(
             reason = run.reason()
     harmonizer.load_state_dict(run.best)
     harmonizer.eval()
-    first, kept = run.history[0], next(h for h in run.history if h["step"] == run.kept)
-    return {
-        "bpd_before": first["bits"],
-        "bpd_after": kept["bits"],
-        "bpd_goal": round(normal.mean, 4),
-        "steps": step,
-        "kept_step": run.kept,
-        "rejected_steps": rejected,
-        "stop_reason": reason or "all steps",
-        "history": run.history,
-    }
+    details = {"steps": step, "rejected_steps": rejected, "stop_reason": reason or "all steps"}
+    return {**run.before_and_after(), **details}
 
 
 class _Slabs:
@@ -187,13 +196,14 @@ class _Run:
         flow: Flow,
         normal: Normal,
         plan: AdaptationPlan,
+        entropy: Entropy | None,
     ) -> None:
         self._harmonizer, self._anchor, self._flow = harmonizer, anchor, flow
-        self._normal, self._plan = normal, plan
+        self._normal, self._plan, self._entropy = normal, plan, entropy
         self.history: list[dict[str, float | None]] = []
         self.best = {k: v.detach().clone() for k, v in harmonizer.state_dict().items()}
         self.kept, self._bits, self._since = 0, float("inf"), 0
-        self._edges = 1.0
+        self._edges, self._entropies, self._rose = 1.0, (math.inf, math.inf), 0
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Bits above the goal, edges that moved, weights that moved."""
@@ -229,15 +239,44 @@ class _Run:
         self.history.append({
             "step": step, "bits": _rounded(bits, 4), "edges": _rounded(edges, 5),
         })  # fmt: skip
+        found = self._judged(out, masks)
         state = {k: v.detach().clone() for k, v in self._harmonizer.state_dict().items()}
         if states is not None:
             states.append(state)
         goal = self._normal.mean if self._plan.stop_at_normal else -float("inf")
         better = max(bits, goal) < max(self._bits, goal) - self._plan.gain
-        if step == 0 or (better and self._edges >= self._plan.least_edges):
+        better = better and self._edges >= self._plan.least_edges and not self._rose
+        if step == 0 or better:
             self.best, self.kept, self._bits, self._since = state, step, bits, 0
+            self._entropies = (found if step == 0 else self._entropies[0], found)
         else:
             self._since += 1
+
+    def _judged(self, out: Tensor, masks: Tensor) -> float:
+        """Entropy of the check slices; notes it, and at how many looks in a row it rose."""
+        if self._entropy is None:
+            return 0.0
+        noted = _rounded(self._entropy(out, masks), 6)
+        self.history[-1]["entropy"] = noted
+        if noted is None and len(self.history) == 1:
+            raise ScanError(
+                "the segmentation network gives scores that are not finite on the site's slices; "
+                "check it on them, or leave --adapt-segmentation out"
+            )
+        first, kept = self._entropies
+        most = min(first, kept + self._plan.entropy_slack)
+        self._rose = 0 if noted is not None and noted <= most else self._rose + 1
+        return math.inf if noted is None else noted
+
+    def before_and_after(self) -> dict[str, Any]:
+        """What the looks found, for the details."""
+        first, kept = self.history[0], next(h for h in self.history if h["step"] == self.kept)
+        measured = {"bpd": "bits"} | ({"entropy": "entropy"} if self._entropy else {})
+        found: dict[str, Any] = {}
+        for name, key in measured.items():
+            found |= {f"{name}_before": first[key], f"{name}_after": kept[key]}
+        goal = round(self._normal.mean, 4)
+        return found | {"bpd_goal": goal, "kept_step": self.kept, "history": self.history}
 
     def reason(self) -> str | None:
         """Why to stop now, or None."""
@@ -245,6 +284,8 @@ class _Run:
             return "as likely as held-out reference brains"
         if self._edges < self._plan.least_edges:
             return "edges moved"
+        if self._rose >= self._plan.patience:
+            return "entropy of the segmentation rose"
         if self._since >= self._plan.patience:
             return "no longer improves"
         return None

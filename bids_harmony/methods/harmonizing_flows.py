@@ -17,6 +17,7 @@ from bids_harmony.methods.flow_method import Case, FlowMethod
 from bids_harmony.methods.flow_training import Part, Preset
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
 from bids_harmony.methods.likelihood import slices_of
+from bids_harmony.methods.task_entropy import Segmentation
 from bids_harmony.methods.tone import Brain, load_arrays, mapped, state_arrays
 from bids_harmony.networks.affine_flow import AffineFlow
 from bids_harmony.networks.flow import Flow
@@ -63,6 +64,7 @@ class HarmonizingFlows(FlowMethod):
 
     name: ClassVar[str] = "harmonizing-flows"
     adapts: ClassVar[bool] = True
+    adapts_by_entropy: ClassVar[bool] = True
     axis: ClassVar[int] = 1
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
     adaptation_plan: ClassVar[AdaptationPlan] = AdaptationPlan()
@@ -80,13 +82,29 @@ class HarmonizingFlows(FlowMethod):
         case.start = mapped(again, case.start, case.mask)
         return mapped(again, out, case.mask)
 
-    def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
+    def adapt(
+        self,
+        volumes: Sequence[Volume],
+        *,
+        seed: int,
+        segmentation: Segmentation | None = None,
+    ) -> Adaptation:
         """Adapt the harmonizer to the scans of one site and modality; the method is unchanged.
+
+        Parameters
+        ----------
+        volumes, seed
+            As for every method.
+        segmentation
+            Network of the user's task; states that make it less sure of the site are not kept.
 
         Raises
         ------
         ScanError
-            If no volume can be used, or they are of several modalities.
+            If no volume can be used, they are of several modalities, or the segmentation's scores
+            are not finite.
+        UsageError
+            If the segmentation network fails on the slices.
         """
         torch.set_num_threads(self._threads)
         torch.manual_seed(seed)
@@ -101,7 +119,10 @@ class HarmonizingFlows(FlowMethod):
             axis=self.axis,
             plan=self.adaptation_plan,
             seed=seed,
+            entropy=segmentation.entropy if segmentation else None,
         )
+        if segmentation:
+            details |= segmentation.words
         arrays = state_arrays(harmonizer, "harmonizer") if details["kept_step"] else {}
         facts = {"modality": cases[0].modality, **details, "left_out": left_out}
         return Adaptation(arrays, facts)
