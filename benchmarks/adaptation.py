@@ -16,18 +16,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import nibabel as nb
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.data import need
+from benchmarks.data import need, volume_of
 from benchmarks.harness import Case, Prepared, Settings
 from benchmarks.rows import facts
 from benchmarks.tables.travelling import SITES, Travelling
 from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.errors import ScanError
-from bids_harmony.methods.base import Adaptation, FloatArray, Volume
+from bids_harmony.methods.base import Adaptation, FloatArray
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
 from bids_harmony.methods.harmonizing_flows import HarmonizingFlows
@@ -54,20 +53,7 @@ class Site:
             (scan,) = case.scans
             affine = prep.corrected(scan)[1]
             mask = prep.mask(scan)
-            scaled = np.where(mask, prep.scaled(scan), 0).astype(np.float32)
-            zooms = nb.affines.voxel_sizes(affine)
-            self.volumes.append(
-                Volume(
-                    scaled,
-                    mask,
-                    "T1w",
-                    (float(zooms[0]), float(zooms[1]), float(zooms[2])),
-                    scan.site,
-                    scan.stem,
-                    scan.subject,
-                    nb.orientations.aff2axcodes(affine),
-                )
-            )
+            self.volumes.append(volume_of(scan, prep.scaled(scan), mask, affine, "T1w"))
             self._truth.append(table.truth_of(case, prep)[:2])
 
     def psnr(self, images: Sequence[FloatArray]) -> float:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nb
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
+from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text, save_nifti, write_json
 from bids_harmony.errors import MissingInputError
 from bids_harmony.imaging.mask import looks_skull_stripped
+from bids_harmony.methods.base import Volume
 
 MARGIN = 8  # voxels
+
+
+def volume_of(
+    scan: Scan, scaled: NDArray[Any], mask: NDArray[np.bool_], affine: NDArray[Any], modality: str
+) -> Volume:
+    """A scaled scan on the raw grid as methods are given it."""
+    zooms = [float(z) for z in nb.affines.voxel_sizes(affine)]
+    return Volume(
+        np.where(mask, scaled, 0).astype(np.float32), mask, modality,
+        (zooms[0], zooms[1], zooms[2]), scan.site, scan.stem, scan.subject,
+        nb.orientations.aff2axcodes(affine),
+    )  # fmt: skip
 
 
 def need(path: Path) -> Path:

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nb
 import numpy as np
 from scipy import ndimage
 
+from benchmarks.data import volume_of
 from benchmarks.harness import read
 from benchmarks.rows import facts
 from bids_harmony.bids.find import find_scans
@@ -40,19 +40,14 @@ PEOPLE = ("nov61", "nov63", "frr01", "eli01", "sky01", "all01", "trv01", "ljub12
 METHODS = ("harmonizing-flows", "blindharmony")
 
 
-def volume_of(scan: Scan, out_dir: Path) -> Volume:
+def preprocessed(scan: Scan, out_dir: Path) -> Volume:
     """A preprocessed scan, given as T1w whatever it is."""
     raw = conform(scan.path)
     mask = read(derivative_path(out_dir, scan, desc="brain", suffix="mask"))[0] > 0
     field = read(derivative_path(out_dir, scan, desc="n4", suffix="biasfield"))[0]
     data = divide_by_bias(raw.data, raw.affine, field)
     scaled = fit_scale(data, mask, "robust", name=scan.stem).apply(data)
-    zooms = [float(z) for z in nb.affines.voxel_sizes(raw.affine)]
-    axes = nb.orientations.aff2axcodes(raw.affine)
-    return Volume(
-        np.where(mask, scaled, 0).astype(np.float32), mask, "T1w", (zooms[0], zooms[1], zooms[2]),
-        scan.site, scan.stem, scan.subject, axes,
-    )  # fmt: skip
+    return volume_of(scan, scaled, mask, raw.affine, "T1w")
 
 
 def impostors(brain: Volume) -> Iterator[tuple[str, Volume]]:
@@ -111,7 +106,7 @@ def main() -> None:
         options.data, participants=list(PEOPLE), sessions=None,
         modalities=("T1w", "T2w", "FLAIR"), filters={}, site_from=None,
     )  # fmt: skip
-    volumes = [(f"{s.site}: {s.stem}", volume_of(s, folder / "out")) for s in scans]
+    volumes = [(f"{s.site}: {s.stem}", preprocessed(s, folder / "out")) for s in scans]
     reference = next(v for name, v in volumes if "nov61" in name)
     volumes += [(f"{name} (nov61)", v) for name, v in impostors(reference)]
     found = {}

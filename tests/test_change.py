@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.change import MonotoneCurve, apply_change, brain_curve, extend_change
+from bids_harmony.imaging.change import apply_change, brain_curve, extend_change
+from bids_harmony.imaging.tone import ToneCurve
 
 
 def head_phantom(shape=(56, 64, 52), noise=0.01):
@@ -120,7 +121,7 @@ def test_zero_mask_given_by_the_caller():
 def test_negative_results_are_clipped_and_finite():
     data, mask = head_phantom()
     result = apply_change(
-        data, np.full_like(data, -0.8), mask, MonotoneCurve((0, 1), (0, 1), 1), True
+        data, np.full_like(data, -0.8), mask, ToneCurve((0, 1), (0, 1), 0, 1), True
     )
     assert result.dtype == np.float32
     assert np.isfinite(result).all()

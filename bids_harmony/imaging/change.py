@@ -7,7 +7,6 @@ that has the anatomy's edges (see `tone`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from bids_harmony.imaging.quantiles import (
     mid_quantiles,
     tail_dense_probabilities,
 )
+from bids_harmony.imaging.tone import ToneCurve
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -29,29 +29,6 @@ SEAM_SIGMA = 2.5
 _SEAM_REACH = 3.0
 _SEAM_GAIN = (0.5, 2.0)
 _END_SLOPE = (0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class MonotoneCurve:
-    """Non-decreasing piecewise-linear intensity map through (0, 0).
-
-    Attributes
-    ----------
-    x, y
-        Knots, `x` strictly increasing from 0, `y` non-decreasing from 0.
-    end_slope
-        Slope beyond the last knot, >= 0.
-    """
-
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    end_slope: float
-
-    def __call__(self, data: NDArray[Any]) -> FloatArray:
-        """Map intensities of any shape; values below 0 become 0."""
-        inside = np.interp(data, self.x, self.y)
-        beyond = np.maximum(np.asarray(data, dtype=np.float64) - self.x[-1], 0.0)
-        return (inside + self.end_slope * beyond).astype(np.float32)
 
 
 def extend_change(
@@ -89,14 +66,14 @@ def extend_change(
 
 def brain_curve(
     before: NDArray[Any], after: NDArray[Any], mask: NDArray[np.bool_], knots: int = 101
-) -> MonotoneCurve:
+) -> ToneCurve:
     """Summarise what a method did to the brain as one monotone intensity map.
 
     The map pairs equal quantiles of both images inside the mask, which is exact where the method
     is a monotone map. It is for the head's other voxels, so that head and brain stay on one scale.
-    Below the darkest brain voxels it is the straight line to (0, 0). Beyond the brightest it
-    continues with the secant of the upper twentieth, bounded to 0.5..2 times the gain at
-    the last knot (the slopes of power laws with exponents 0.5..2).
+    Below the darkest brain voxels it is the straight line to (0, 0), and 0 below 0. Beyond the
+    brightest it continues with the secant of the upper twentieth, bounded to 0.5..2 times the
+    gain at the last knot (the slopes of power laws with exponents 0.5..2).
 
     Parameters
     ----------
@@ -125,14 +102,14 @@ def brain_curve(
     slope = (y[-1] - y[start]) / (x[-1] - x[start])
     gain = y[-1] / x[-1]
     slope = float(np.clip(slope, _END_SLOPE[0] * gain, _END_SLOPE[1] * gain))
-    return MonotoneCurve(tuple(x.tolist()), tuple(y.tolist()), slope)
+    return ToneCurve(tuple(x.tolist()), tuple(y.tolist()), 0.0, slope)
 
 
 def apply_change(
     scaled: NDArray[Any],
     change: NDArray[Any],
     mask: NDArray[np.bool_],
-    curve: MonotoneCurve | None,
+    curve: ToneCurve | None,
     keep_head: bool,
     *,
     zero: NDArray[np.bool_] | None = None,

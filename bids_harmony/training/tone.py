@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bids_harmony.imaging.quantiles import tail_dense_probabilities
 from bids_harmony.networks.tone import KNOTS, ToneNetwork, joint_histogram, knots_of
 from bids_harmony.training.degrade import (
     apply_knots,
@@ -51,11 +52,11 @@ class Quantiles:
 
 
 def probabilities(count: int) -> Tensor:
-    """Where quantiles are taken, (count,): close together in the tails (Chebyshev nodes).
+    """Where quantiles are taken, (count,): inside 0..1, close together in the tails.
 
     Vessels and the deepest fluid are a few voxels in a thousand, and far from all others.
     """
-    return (1 - torch.cos(math.pi * (torch.arange(count) + 0.5) / count)) / 2
+    return torch.from_numpy(tail_dense_probabilities(2 * count + 1)[1::2]).float()
 
 
 def mean_quantiles(brains: Sequence[tuple[Tensor, Tensor]], count: int = 256) -> Quantiles:
