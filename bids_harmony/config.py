@@ -43,6 +43,7 @@ class Config:
     max_time: int | None = None
     adapt: str | None = None
     adapt_scans: int | None = None
+    adapt_segmentation: Path | None = None
     reference: str | None = None
     site_from: str | None = None
     desc: str = DEFAULT_DESC
@@ -76,7 +77,15 @@ class Config:
 
 
 PATH_FIELDS = frozenset(
-    {"bids_dir", "out_dir", "work_dir", "bids_filter_file", "bids_database_dir", "use_plugin"}
+    {
+        "bids_dir",
+        "out_dir",
+        "work_dir",
+        "bids_filter_file",
+        "bids_database_dir",
+        "use_plugin",
+        "adapt_segmentation",
+    }
 )
 
 _KINDS = {f.name: str(f.type) for f in fields(Config)}

@@ -12,7 +12,7 @@ import pytest
 import tiny_neural
 from conftest import DataSet, Ran, call, give_transform, quick
 
-from bids_harmony.interfaces.files import load
+from bids_harmony.interfaces.files import load, sha256
 from bids_harmony.methods.adaptation import load_adaptation
 
 TWO = ["--adapt-scans", "2"]
@@ -211,6 +211,84 @@ def test_adapt_scan_and_none_and_number_of_scans(cohort, job):
     cohort.participant("out", "b4", more=["--desc", "one"], count=["--adapt-scans", "1"])
     assert cohort.log() == ["adapt sub-b1_T1w"]
     assert len(cohort.stored("out")) == 2
+
+
+def segmentation(path, sign):
+    """A network that is surer of bright voxels than of dark ones (sign 1), or the other way."""
+    torch = pytest.importorskip("torch")
+    network = torch.nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([3.0 * sign, 0.0]).reshape(2, 1, 1, 1))
+        network.bias.copy_(torch.tensor([4.0, 0.0]))
+    torch.jit.save(torch.jit.script(network), path)
+    return path
+
+
+def test_a_segmentation_network_bounds_the_adaptation(cohort, job):
+    """The site's gain makes brains darker: one network gets surer by it, the other less sure."""
+    plain = cohort.record("out", "b4")["Details"]["gain"]
+    assert plain < 0.99
+    gains, stored = {}, set(cohort.stored("out"))
+    for desc, sign in (("glad", -1), ("sorry", 1)):
+        path = segmentation(cohort.folder / f"{desc}.pt", sign)
+        more = ["--desc", desc, "--adapt-segmentation", path]
+        cohort.participant("out", "b4", more=more)
+        assert cohort.log() == ["adapt " + " ".join(FIRST)]
+        record = cohort.record("out", "b4", desc)
+        found = record["Adaptation"]
+        assert found["segmentation"] == f"{desc}.pt"
+        assert found["segmentation_sha256"] == sha256(path)[:12]
+        assert 0 < found["entropy_after"] <= found["entropy_before"] < 1
+        assert (found["entropy_after"] < found["entropy_before"]) == (desc == "glad")
+        (made,) = set(cohort.stored("out")) - stored
+        stored.add(made)
+        adaptation = load_adaptation(made.parent)
+        assert adaptation.facts["settings"]["Segmentation"] == sha256(path)[:12]
+        assert record["Adapt"] == f"site {adaptation.hash}"
+        gains[desc] = record["Details"]["gain"]
+        ran = cohort.participant("out", "b4", more=more)
+        assert "skipped: done by an earlier run" in ran.line("sub-b4_T1w")
+        assert cohort.log() == []
+    assert gains == {"glad": plain, "sorry": 1}
+
+
+def test_another_network_under_the_same_label_is_refused(cohort, job):
+    path = segmentation(cohort.folder / "other.pt", 1)
+    which = ["--model", cohort.model, "--participant-label", "b4"]
+    ran = cohort.run("participant", "out", *which, "--adapt-segmentation", path)
+    assert ran.code == 64
+    assert "not --adapt site --adapt-segmentation (sha256 " in ran.err
+
+
+def test_a_segmentation_network_bounds_the_adaptation_to_a_scan(cohort, job):
+    """Also where the site of a scan is unknown."""
+    path = segmentation(cohort.folder / "scan.pt", 1)
+    more = ["--desc", "known", "--adapt-segmentation", path]
+    cohort.participant("out", "x1", more=more)
+    record = cohort.record("out", "x1", "known")
+    assert record["Adapt"] == f"scan segmentation {sha256(path)[:12]}"
+    assert record["Adaptation"]["scope"] == "scan"
+    assert record["Adaptation"]["entropy_after"] <= record["Adaptation"]["entropy_before"]
+    assert cohort.log() == ["adapt sub-x1_T1w"]
+
+
+def test_a_segmentation_network_that_cannot_be_used(cohort):
+    """Refused before a scan is touched or a folder made, in a line that names file and cure."""
+    path = cohort.folder / "broken.pt"
+    path.write_text("no network")
+    options = ["--model", cohort.model, "--adapt-segmentation", path]
+    ran = cohort.run("participant", "broken", *options)
+    assert ran.code == 64
+    assert f"{path}: no TorchScript network can be read from it; give a TorchScript" in ran.err
+    ran = cohort.run("participant", "broken", *options[:-1], path.with_name("none.pt"))
+    assert ran.code == 66
+    assert "none.pt: the segmentation network cannot be read" in ran.err
+    ran = cohort.run("participant", "broken", "--method", "nyul", "--reference", "A", *options[2:])
+    assert ran.code == 64
+    assert "the method nyul does not adapt to sites" in ran.err
+    assert cohort.log() == []
+    assert not list((cohort.folder / "broken").rglob("*.nii.gz"))
+    assert not (cohort.folder / "broken" / "models").exists()
 
 
 def test_one_label_one_way_to_adapt(cohort, job):

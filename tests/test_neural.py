@@ -143,6 +143,18 @@ def test_dry_run_says_how_it_would_train(tiny, transforms, works, tmp_path, log)
         ("participant", ["--method", "nyul", "--adapt", "scan"], "nyul does not adapt to sites"),
         ("participant", ["--method", "nyul", "--adapt-scans", "1"], "nyul does not adapt"),
         ("participant", ["--method", "tiny", "--adapt", "no"], "invalid choice: 'no'"),
+        ("train", ["--method", "tiny", "--adapt-segmentation", "x.pt"], "are for participant"),
+        ("participant", ["--method", "nyul", "--adapt-segmentation", "x.pt"], "does not adapt"),
+        (
+            "participant",
+            ["--method", "blindharmony", "--adapt-segmentation", "x.pt"],
+            "blindharmony takes no segmentation",
+        ),
+        (
+            "participant",
+            ["--method", "tiny", "--adapt", "none", "--adapt-segmentation", "x.pt"],
+            "is for --adapt site or scan, not --adapt none",
+        ),
         (
             "participant",
             ["--method", "tiny", "--adapt", "none", "--adapt-scans", "2"],
@@ -160,8 +172,9 @@ def test_options_that_make_no_sense(tiny, tmp_path, log, level, options, told):
     assert not list((tmp_path / "out").rglob("model.json"))
 
 
-def test_minimal_level_adapts_nothing(tiny, tmp_path):
-    argv = ["--level", "minimal", "--adapt", "site", "-w", str(tmp_path / "work")]
+@pytest.mark.parametrize("option", [["--adapt", "site"], ["--adapt-segmentation", "x.pt"]])
+def test_minimal_level_adapts_nothing(tiny, tmp_path, option):
+    argv = ["--level", "minimal", *option, "-w", str(tmp_path / "work")]
     ran = call(tiny.root, tmp_path / "out", "participant", *argv)
     assert (ran.code, "--level minimal harmonizes nothing" in ran.err) == (64, True)
 

@@ -76,11 +76,25 @@ def mean_of(volumes):
     return float(np.mean(values))
 
 
+def entropy_of(volumes, gain, segmentation):
+    """Of the coronal slices of all volumes, multiplied by a gain."""
+    import torch
+
+    found = []
+    for index in range(len(volumes)):
+        volume = volumes[index]
+        mask = torch.from_numpy(np.asarray(volume.mask, dtype=bool)).movedim(1, 0)[:, None]
+        image = torch.from_numpy(np.array(volume.data)).movedim(1, 0)[:, None]
+        found.append(segmentation.entropy(image * gain * mask, mask.float()))
+    return float(np.mean(found))
+
+
 class TinyNeural(NeuralMethod):
     """Multiplies a brain by the gain of its site."""
 
     name = "tiny"
     adapts = True
+    adapts_by_entropy = True
 
     def __init__(self, mean, preset, modalities, gain=1.0, device="cpu", threads=1):
         self.mean, self.preset, self.modalities = mean, preset, tuple(modalities)
@@ -128,10 +142,15 @@ class TinyNeural(NeuralMethod):
         facts = {"gain": self.gain, "device": self.device, "threads": self.threads}
         return Harmonized(data.astype(np.float32), facts)
 
-    def adapt(self, volumes, *, seed):
+    def adapt(self, volumes, *, seed, segmentation=None):
         note("adapt " + " ".join(v.name for v in volumes))
         gain = self.mean / mean_of(volumes)
         details = {"bpd_before": 3.0, "bpd_after": 2.5, "steps": 7, "stop_reason": "converged"}
+        if segmentation is not None:
+            before, after = (entropy_of(volumes, g, segmentation) for g in (1.0, gain))
+            gain = gain if after <= before else 1.0
+            details |= {"entropy_before": before, "entropy_after": min(before, after)}
+            details |= segmentation.words
         return Adaptation({"gain": np.array([gain])}, details)
 
     def adapted(self, adaptation):

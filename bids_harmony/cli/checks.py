@@ -53,8 +53,8 @@ def _check_train(config: Config) -> None:
         raise UsageError(f"--name {config.name!r}: only letters, digits and . _ + - are allowed")
     if config.name == ADAPTED:
         raise UsageError(f"--name {ADAPTED} is where adaptations to sites are kept; name another")
-    if config.adapt or config.adapt_scans:
-        raise UsageError("--adapt and --adapt-scans are for participant")
+    if config.adapt or config.adapt_scans or config.adapt_segmentation:
+        raise UsageError("--adapt, --adapt-scans and --adapt-segmentation are for participant")
     _check_training(config)
 
 
@@ -77,11 +77,14 @@ def _check_participant(config: Config) -> None:
         raise UsageError("--preset and --max-time are for train")
     if config.adapt_scans and config.adapt in ("scan", "none"):
         raise UsageError(f"--adapt-scans is for --adapt site, not --adapt {config.adapt}")
+    if config.adapt_segmentation and config.adapt == "none":
+        raise UsageError("--adapt-segmentation is for --adapt site or scan, not --adapt none")
     if config.model and config.reference:
         raise UsageError("--model has a reference of its own; give --model or --reference")
     if config.level == "full":
         return
-    if config.method or config.model or config.reference or config.adapt or config.adapt_scans:
+    adapting = config.adapt or config.adapt_scans or config.adapt_segmentation
+    if config.method or config.model or config.reference or adapting:
         raise UsageError(
             "--level minimal harmonizes nothing; leave out --method, --model, --reference and "
             "--adapt"

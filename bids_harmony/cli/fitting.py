@@ -21,7 +21,7 @@ from bids_harmony.resources import pick_device
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.models import bundle_name, choose_bundle, load_target
-from bids_harmony.workflows.settings import Target
+from bids_harmony.workflows.settings import SegmentationFile, Target
 from bids_harmony.workflows.train import (
     Fit,
     contract_while_fitting,
@@ -91,7 +91,7 @@ def target_of(context: Context) -> Target | None:
         method = config.method or DEFAULT_METHOD
         name = bundle_name(method, config.reference)
         fitted = is_bundle(config.out_dir / "models" / name)
-        _check_adapts(config, method)
+        _segmentation(config, method)
         if config.dry_run and not fitted:
             load_method(method)
             scans = scans_to_learn_from(context, method, config.reference, ())
@@ -109,13 +109,33 @@ def target_of(context: Context) -> Target | None:
     target = load_target(
         folder, why, method=config.method, device=config.device, adapt=config.adapt
     )
-    _check_adapts(config, target.method)
-    return replace(target, grid_file=context.grid_file(target.contract))
+    segmentation = _segmentation(config, target.method)
+    grid_file = context.grid_file(target.contract)
+    return replace(target, grid_file=grid_file, segmentation=segmentation)
 
 
-def _check_adapts(config: Config, method: str) -> None:
-    if (config.adapt or config.adapt_scans) and not available()[method].adapts:
+def _segmentation(config: Config, method: str) -> SegmentationFile | None:
+    """The network of ``--adapt-segmentation``, after a look whether the method can adapt so.
+
+    Raises
+    ------
+    UsageError
+        If the method does not adapt, or not by a segmentation, or the network cannot be used.
+    MissingInputError
+        If the file cannot be read.
+    """
+    path = config.adapt_segmentation
+    if (config.adapt or config.adapt_scans or path) and not available()[method].adapts:
         raise UsageError(
-            f"--adapt and --adapt-scans: the method {method} does not adapt to sites; "
-            "leave them out"
+            "--adapt, --adapt-scans and --adapt-segmentation: the method "
+            f"{method} does not adapt to sites; leave them out"
         )
+    if path is None:
+        return None
+    if not getattr(load_method(method), "adapts_by_entropy", False):
+        raise UsageError(
+            f"--adapt-segmentation: the method {method} takes no segmentation; leave it out"
+        )
+    from bids_harmony.methods.task_entropy import read_segmentation  # torch only when wanted
+
+    return SegmentationFile(path.absolute(), read_segmentation(path).sha256)

@@ -53,7 +53,7 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
     """
     path = out_dir / "logs" / f"desc-{desc}.json"
     mine = {"Method": target.method, "ModelName": target.name, "ModelHash": target.hash}
-    mine |= {"Adapt": target.adapt} if target.adapt else {}
+    mine |= {"Adapt": target.adapt_words} if target.adapt else {}
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
     if before != mine and before.get("ModelHash") == target.hash:
         raise UsageError(
             f"{out_dir} holds scans with --adapt {before.get('Adapt')} under desc-{desc}, not "
-            f"--adapt {target.adapt}; choose another --desc or another OUT_DIR"
+            f"--adapt {target.adapt_words}; choose another --desc or another OUT_DIR"
         )
     if before != mine:
         raise UsageError(

@@ -199,6 +199,14 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"scans of a site that are adapted to ({ADAPT_SCANS})",
     )
+    _option(
+        group,
+        "--adapt-segmentation",
+        type=Path,
+        metavar="FILE",
+        help="participant, harmonizing-flows: your segmentation network (TorchScript); what makes "
+        "it less sure of the harmonized slices is not kept",
+    )
     _option(group, "--desc", metavar="LABEL", help=f"desc- label of outputs ({DEFAULT_DESC})")
     _option(
         group,

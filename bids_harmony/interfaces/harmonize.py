@@ -27,6 +27,8 @@ class _ModelInput(BaseInterfaceInputSpec):
     device = traits.Str("cpu", usedefault=True, desc="where networks run")
     num_threads = traits.Int(1, usedefault=True)
     use_gpu = traits.Bool(False, usedefault=True, desc="so that one node has the GPU at a time")
+    segmentation = traits.Str("", usedefault=True, desc="file of a network that bounds adaptation")
+    segmentation_hash = traits.Str("", usedefault=True, desc="so that a changed one is noticed")
 
 
 class _HarmonizeInput(_ModelInput):
@@ -90,7 +92,7 @@ class Harmonize(TimedInterface):
             return method, {"scope": "none", "reason": why} if why else {}, []
         warnings = []
         if scope == "scan":
-            found = method.adapt([volume], seed=self.inputs.random_seed)
+            found = method.adapt([volume], seed=self.inputs.random_seed, **_bounds(self.inputs))
             words: dict[str, Any] = {"scope": "scan", "reason": why}
             if volume.site == UNKNOWN_SITE:
                 warnings = [
@@ -130,7 +132,8 @@ class AdaptToSite(TimedInterface):
 
         method = _placed(self.inputs)
         volumes = StoredVolumes([Path(stem) for stem in self.inputs.stems])
-        adaptation = method.adapt(volumes, seed=self.inputs.random_seed)
+        bounds = _bounds(self.inputs)
+        adaptation = method.adapt(volumes, seed=self.inputs.random_seed, **bounds)
         save_adaptation(Path(self.inputs.folder), adaptation, facts=dict(self.inputs.facts))
 
 
@@ -145,3 +148,15 @@ def _placed(inputs: Any) -> Any:
     if isinstance(bundle.method, NeuralMethod):
         bundle.method.place_on(inputs.device, inputs.num_threads)
     return bundle.method
+
+
+def _bounds(inputs: Any) -> dict[str, Any]:
+    """The segmentation network that the run began with, for `adapt`; empty without one."""
+    if not inputs.segmentation:
+        return {}
+    from bids_harmony.methods.task_entropy import read_segmentation
+
+    found = read_segmentation(Path(inputs.segmentation))
+    if found.sha256 != inputs.segmentation_hash:
+        raise HarmonyError(f"{inputs.segmentation} changed while this run was using it; run again")
+    return {"segmentation": found}

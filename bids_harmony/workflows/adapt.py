@@ -59,7 +59,12 @@ class Adapting:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides an adaptation, besides model, site and scans."""
-        return {**volume_key(self.job.prep, self.target.contract), "Scans": self.count}
+        by = self.target.segmentation
+        return {
+            **volume_key(self.job.prep, self.target.contract),
+            "Scans": self.count,
+            **({"Segmentation": by.sha256} if by else {}),
+        }
 
     def folder(self, key: Key) -> Path:
         """Where the adaptation to a site is kept; other settings have another folder."""

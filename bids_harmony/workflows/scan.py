@@ -25,6 +25,7 @@ def workflow_name(scan: Scan) -> str:
 
 def model_inputs(target: Target, prep: Preprocessing) -> dict[str, Any]:
     """Inputs of every node that runs a model."""
+    by = target.segmentation
     return {
         "bundle": str(target.bundle),
         "bundle_hash": target.hash,
@@ -32,6 +33,8 @@ def model_inputs(target: Target, prep: Preprocessing) -> dict[str, Any]:
         "device": target.device,
         "num_threads": prep.threads,
         "use_gpu": target.device != "cpu",
+        "segmentation": str(by.path) if by else "",
+        "segmentation_hash": by.sha256 if by else "",
     }
 
 

@@ -62,6 +62,22 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class SegmentationFile:
+    """A segmentation network whose entropy bounds adaptations.
+
+    Attributes
+    ----------
+    path
+        Absolute.
+    sha256
+        First 12 hexadecimal digits.
+    """
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class AdaptTo:
     """What a trained method is adapted to before it harmonizes a scan.
 
@@ -73,17 +89,22 @@ class AdaptTo:
         In words; empty for methods that do not adapt.
     folder, hash
         Stored adaptation of the site and its checksum; empty before it was made.
+    by
+        Checksum of the segmentation network that bounds the adaptation to a scan, if any; that
+        to a site has its own.
     """
 
     scope: Literal["none", "site", "scan"] = "none"
     why: str = ""
     folder: str = ""
     hash: str = ""
+    by: str = ""
 
     @property
     def key(self) -> str:
         """What decides the voxels."""
-        return f"{self.scope} {self.hash}".strip()
+        by = f"segmentation {self.by}" if self.by else ""
+        return " ".join(word for word in (self.scope, self.hash, by) if word)
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,8 @@ class Target:
         ``site``, ``scan`` or ``none`` as asked for; empty for methods that do not adapt.
     adaptations
         Stored adaptation by (site, modality).
+    segmentation
+        Network that bounds adaptations, if any.
     """
 
     method: str
@@ -135,6 +158,14 @@ class Target:
     training_sites: tuple[str, ...] = ()
     adapt: str = ""
     adaptations: Mapping[tuple[str, str], AdaptTo] = field(default_factory=dict)
+    segmentation: SegmentationFile | None = None
+
+    @property
+    def adapt_words(self) -> str:
+        """How it adapts, as the command line says it."""
+        if self.segmentation is None:
+            return self.adapt
+        return f"{self.adapt} --adapt-segmentation (sha256 {self.segmentation.sha256})"
 
     def adapt_to(self, site: str, modality: str) -> AdaptTo:
         """What the method is adapted to for the scans of a site."""
@@ -142,10 +173,11 @@ class Target:
             return AdaptTo()
         if self.adapt == "none":
             return AdaptTo("none", "asked for with --adapt none")
+        by = self.segmentation.sha256 if self.segmentation else ""
         if self.adapt == "scan":
-            return AdaptTo("scan", "asked for with --adapt scan")
+            return AdaptTo("scan", "asked for with --adapt scan", by=by)
         if site == UNKNOWN_SITE:
-            return AdaptTo("scan", "the site of the scan is unknown")
+            return AdaptTo("scan", "the site of the scan is unknown", by=by)
         if site in self.training_sites:
             return AdaptTo("none", "training has seen the site")
         made = AdaptTo("site", "training has not seen the site")
