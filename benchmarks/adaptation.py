@@ -89,7 +89,7 @@ def adapted(
         trained,
         part.flow,
         brains,
-        normal=part.normal,
+        goal=part.goal,
         axis=method.axis,
         plan=plan,
         seed=0,

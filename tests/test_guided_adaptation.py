@@ -66,10 +66,10 @@ def harmonizer():
     return HarmonizerUNet(1, (4, 8), "leaky-relu").eval()
 
 
-def adapt(brains, flow, plan=PLAN, normal=NORMAL, network=None, states=None):
+def adapt(brains, flow, plan=PLAN, goal=NORMAL.mean, network=None, states=None):
     made = network or harmonizer()
     details = adapt_harmonizer(
-        made, flow, brains, normal=normal, axis=1, plan=plan, seed=0, states=states
+        made, flow, brains, goal=goal, axis=1, plan=plan, seed=0, states=states
     )
     return made, details
 
@@ -104,7 +104,7 @@ def test_bits_fall_and_the_details_tell_it(brains):
 
 
 def test_it_does_not_start_where_the_goal_is_met(brains):
-    made, details = adapt(brains, MeanFlow(), normal=Normal(30.0, 0.1))
+    made, details = adapt(brains, MeanFlow(), goal=30.0)
     assert (details["steps"], details["kept_step"]) == (0, 0)
     assert details["stop_reason"] == "as likely as held-out reference brains"
     assert same(made, harmonizer())

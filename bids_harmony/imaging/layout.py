@@ -7,13 +7,14 @@ and very coarsely, brains of one contrast are alike, and none of them is alike w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from bids_harmony.imaging.quantiles import Float64Array
 
@@ -21,8 +22,11 @@ _CELLS = 12
 _REACH = 1.5  # from the centre, in radii of a ball of the brain's volume
 _LEAST_DEVIATION = 0.1
 _BRIGHTEST = 1.5  # a vessel is no layout
-#: A turn that saves so many bits per cell is believed; real brains lose .3 and more by any turn.
-_BELIEVED = 0.1
+#: A turn is believed that saves so many bits per cell, and leaves at most so many more than the
+#: reference domain's own brains have: half a brain fits nowhere.
+_SAVED, _MISFIT = 0.1, 0.5
+#: Nods and rolls, in degrees, as which a brain may lie without being turned.
+_NODS, _ROLLS = (-30, -15, 0, 15, 30), (-15, 0, 15)
 _SIDES = "RAS"
 
 
@@ -34,24 +38,30 @@ class Layout:
     ----------
     mean, deviation
         Over brains of the reference domain and their mirror images, shape (2, 12, 12, 12).
+    normal
+        Mean bits per cell of these brains.
     """
 
     mean: Float64Array
     deviation: Float64Array
+    normal: float
 
     @classmethod
     def of(cls, brains: Sequence[Float64Array]) -> Layout:
         """Mean and spread of the `cells` of some brains, left and right alike."""
         both = np.stack([*brains, *(np.flip(b, 1) for b in brains)])
-        return cls(both.mean(0), np.maximum(both.std(0), _LEAST_DEVIATION))
+        made = cls(both.mean(0), np.maximum(both.std(0), _LEAST_DEVIATION), 0.0)
+        return replace(made, normal=float(np.mean([made.bits(b) for b in brains])))
 
     def bits(self, cells: Float64Array) -> float:
         """Bits per cell under independent normal distributions, shape (2, 12, 12, 12)."""
         far = (cells - self.mean) / self.deviation
         return float(np.mean(np.log2(self.deviation * np.sqrt(2 * np.pi)) + far**2 / np.log(4)))
 
-    def turned(self, cells: Float64Array) -> tuple[str, float]:
-        """The right-angled turn that makes a brain likeliest, and the bits that it saves.
+    def turned(self, brain: Coarse) -> tuple[str, float]:
+        """The right-angled turn that a brain must have undergone, and the bits that show it.
+
+        A brain that is nodded or rolled by up to half a right angle is not turned.
 
         Returns
         -------
@@ -61,15 +71,21 @@ class Layout:
         saved
             Bits per cell below those of the brain as it lies; 0 for ``"RAS"``.
         """
-        as_given = self.bits(cells)
-        found = {axes: self.bits(turn) for axes, turn in _turns(cells)}
+        as_given = min(self.bits(brain.cells(n, r)) for n in _NODS for r in _ROLLS)
+        found = {axes: self.bits(turn) for axes, turn in _turns(brain.cells())}
         best = min(found, key=lambda axes: (found[axes], axes != _SIDES))
         saved = as_given - found[best]
-        return (best, saved) if saved > _BELIEVED else (_SIDES, 0.0)
+        if best == _SIDES or saved <= _SAVED or found[best] > self.normal + _MISFIT:
+            return _SIDES, 0.0
+        return best, saved
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Inverse of `from_arrays`."""
-        return {"layout/mean": self.mean, "layout/deviation": self.deviation}
+        return {
+            "layout/mean": self.mean,
+            "layout/deviation": self.deviation,
+            "layout/normal": np.array([self.normal]),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Layout:
@@ -77,11 +93,12 @@ class Layout:
         return cls(
             np.array(arrays["layout/mean"], dtype=np.float64),
             np.array(arrays["layout/deviation"], dtype=np.float64),
+            float(arrays["layout/normal"][0]),
         )
 
 
-def cells(image: NDArray[Any], mask: NDArray[np.bool_], spacing: Sequence[float]) -> Float64Array:
-    """A brain in coarse cells around its centre, its size taken out.
+class Coarse:
+    """A brain seen in coarse cells around its centre, its size taken out.
 
     Parameters
     ----------
@@ -89,25 +106,37 @@ def cells(image: NDArray[Any], mask: NDArray[np.bool_], spacing: Sequence[float]
         Shape (R, A, S), intensities on the reference domain's scale; the mask is not empty.
     spacing
         Voxel size along these axes, mm.
-
-    Returns
-    -------
-    cells
-        Share of brain, and mean brightness times that share; shape (2, 12, 12, 12).
     """
-    size = np.asarray(spacing, dtype=np.float64)
-    centre = np.array(ndimage.center_of_mass(mask))
-    radius = np.cbrt(mask.sum() * size.prod() * 3 / (4 * np.pi))
-    side = 2 * _REACH * radius / _CELLS
-    step = side / size
-    start = centre - step * (_CELLS - 1) / 2
-    return np.stack([
-        ndimage.affine_transform(
-            ndimage.gaussian_filter(np.where(mask, values, 0).astype(np.float32), step / 2.5),
-            np.diag(step), start, (_CELLS,) * 3, order=1,
-        ).astype(np.float64)
-        for values in (np.ones_like(image), np.clip(image, 0, _BRIGHTEST))
-    ])  # fmt: skip
+
+    def __init__(
+        self, image: NDArray[Any], mask: NDArray[np.bool_], spacing: Sequence[float]
+    ) -> None:
+        self._size = np.asarray(spacing, dtype=np.float64)
+        self._centre = np.array(ndimage.center_of_mass(mask))
+        radius = np.cbrt(mask.sum() * self._size.prod() * 3 / (4 * np.pi))
+        self._side = 2 * _REACH * float(radius) / _CELLS
+        blur = self._side / self._size / 2.5
+        self._blurred = [
+            ndimage.gaussian_filter(np.where(mask, values, 0).astype(np.float32), blur)
+            for values in (np.ones_like(image), np.clip(image, 0, _BRIGHTEST))
+        ]
+
+    def cells(self, nod: float = 0.0, roll: float = 0.0) -> Float64Array:
+        """Share of brain, and mean brightness times that share; shape (2, 12, 12, 12).
+
+        Parameters
+        ----------
+        nod, roll
+            Degrees by which the brain is turned about its R and its A axis before.
+        """
+        turn = Rotation.from_euler("xy", (nod, roll), degrees=True).as_matrix()
+        step = turn * self._side / self._size[:, None]
+        start = self._centre - step @ np.full(3, (_CELLS - 1) / 2)
+        shape = (_CELLS,) * 3
+        return np.stack([
+            ndimage.affine_transform(values, step, start, shape, order=1).astype(np.float64)
+            for values in self._blurred
+        ])  # fmt: skip
 
 
 def _turns(given: Float64Array) -> Iterator[tuple[str, Float64Array]]:

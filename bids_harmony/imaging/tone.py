@@ -68,8 +68,16 @@ class ToneCurve:
 
 
 def composed(first: ToneCurve, second: ToneCurve, knots: int = 513) -> ToneCurve:
-    """``second(first(x))`` on even knots and those of `first`; slopes beyond them multiply."""
-    x = np.union1d(np.linspace(first.x[0], first.x[-1], knots), first.x)
+    """``second(first(x))`` on even knots and those of `first`; slopes beyond them multiply.
+
+    The knots reach as far as those of `second` do, beyond which its slope is another.
+    """
+    low, high = first.x[0], first.x[-1]
+    if first.start_slope > 0:
+        low -= max(first.y[0] - second.x[0], 0) / first.start_slope
+    if first.end_slope > 0:
+        high += max(second.x[-1] - first.y[-1], 0) / first.end_slope
+    x = np.union1d(np.linspace(low, high, knots), first.x)
     y = np.maximum.accumulate(second(first(x)).astype(np.float64))
     return ToneCurve(
         tuple(x.tolist()),

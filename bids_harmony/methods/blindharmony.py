@@ -31,7 +31,7 @@ _CPU = Preset(
     resolution=2.0,
     batch=16,
     tone_samples=900,
-    tone_epochs=120,
+    tone_epochs=30,
     flow={"levels": 3, "steps": 4, "hidden": 16, "blocks": 1},
     flow_plan=Plan(1200, 1e-3, every=100, half=False),
 )
@@ -39,7 +39,7 @@ _PAPER = Preset(
     resolution=1.2,
     batch=256,
     tone_samples=4000,
-    tone_epochs=200,
+    tone_epochs=40,
     flow={},
     flow_plan=Plan(20_000, 5e-4, every=500, patience=20, half=False),
 )
@@ -116,22 +116,21 @@ class BlindHarmony(FlowMethod):
             weights = replace(self._weights[modality], beta1=beta1)
             images = optimize_slices(part.flow, source, masks, weights).images
             with torch.no_grad():
-                bits[beta1] = float(part.flow.bits_per_dim(images, masks).mean())
+                bits[beta1] = _bits(part.flow, images, masks)
                 likeness[beta1] = float(masked_ncc(images, source, masks).mean())
-        with torch.no_grad():
-            before = float(part.flow.bits_per_dim(source, masks).mean())
+        before = _bits(part.flow, source, masks)
         if not all(math.isfinite(b) for b in (before, *bits.values())):
             raise ScanError(
                 f"{cases[0].modality} scans of one site: likelihood that is not finite; check "
                 "them for artefacts, or choose --adapt none"
             )
-        chosen = min(BETA1, key=lambda b: (abs(bits[b] - part.normal.mean), -b))
+        chosen = min(BETA1, key=lambda b: (abs(bits[b] - part.goal), -b))
         details = {
             "modality": modality,
             "beta1": chosen,
             "bpd_before": round(before, 4),
             "bpd_after": round(bits[chosen], 4),
-            "bpd_goal": round(part.normal.mean, 4),
+            "bpd_goal": round(part.goal, 4),
             "bpd_by_beta1": {f"{b:g}": round(v, 4) for b, v in bits.items()},
             "ncc_by_beta1": {f"{b:g}": round(v, 5) for b, v in likeness.items()},
             "steps": len(BETA1),
@@ -192,3 +191,11 @@ def consistent(change: Tensor, mask: Tensor, axis: int) -> Tensor:
     shape = [1, 1, 1]
     shape[axis] = -1
     return change + shift.reshape(shape) * mask
+
+
+def _bits(flow: Flow, images: Tensor, masks: Tensor) -> float:
+    """Bits per dimension of slices, weighted by their brain voxels as `bits_of_brain` does."""
+    weight = masks.sum((1, 2, 3))
+    with torch.no_grad():
+        bits = flow.bits_per_dim(images, masks)
+    return float((bits * weight).sum() / weight.sum())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
-from bids_harmony.imaging.layout import Layout, cells
+from bids_harmony.imaging.layout import Coarse, Layout
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
@@ -166,16 +166,18 @@ class FlowMethod(NeuralMethod):
             "tone": self._bits(part, case.start, case),
         }
         bits["smoothed"] = self._admitted(part, case, volume)
+        toned, curve = case.start, case.curve
         result = self._refine(part, case, seed)
-        change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
-        result = (case.start + change).clamp(min=0) * case.mask
+        change = (result - toned).clamp(-_MOST_CHANGE, _MOST_CHANGE)
+        result = (toned + change).clamp(min=0) * case.mask
         bits["output"] = self._bits(part, result, case)
         if not bits["output"] <= max(bits["tone"], part.normal.flag):
             case.warnings.append(
                 "The networks made the scan less likely than its tone curve alone did; only the "
                 "curve was applied."
             )
-            result, bits["output"] = case.start, self._bits(part, case.start, case)
+            case.start, case.curve = toned, curve
+            result, bits["output"] = toned, bits["tone"]
         if bits["output"] > part.normal.flag:
             case.warnings.append(
                 f"Still unlike the reference domain: {bits['output']:.2f} bits per dimension, its "
@@ -299,7 +301,7 @@ class FlowMethod(NeuralMethod):
                 "modality, mask and header, or use a statistical method"
             )
         grid = case.grid
-        axes, saved = part.layout.turned(cells(case.start.numpy(), grid.mask, grid.spacing))
+        axes, saved = part.layout.turned(Coarse(case.start.numpy(), grid.mask, grid.spacing))
         if saved > 0:
             raise ScanError(
                 f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "

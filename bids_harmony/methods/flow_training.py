@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.layout import Layout, cells
+from bids_harmony.imaging.layout import Coarse, Layout
 from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
+from bids_harmony.methods.guided_adaptation import goal_of
 from bids_harmony.methods.likelihood import (
     Normal,
     bits_of_brain,
@@ -86,6 +87,9 @@ class Part:
     normal, smooth
         Bits per dimension of held-out reference brains, and of the same after `smoothed`, by
         which scans are refused.
+    goal
+        Bits per dimension at which adaptation to a site ends: those of held-out reference brains
+        after the harmonizer, if there is one.
     scores
         Held-out scores and facts of the training.
     """
@@ -97,6 +101,7 @@ class Part:
     layout: Layout
     normal: Normal
     smooth: Normal
+    goal: float
     scores: Mapping[str, Any]
 
     def to(self, device: str) -> None:
@@ -113,6 +118,7 @@ class Part:
             "harmonizer": self.harmonizer.config() if self.harmonizer else None,
             "normal": self.normal.to_dict(),
             "smooth": self.smooth.to_dict(),
+            "goal": self.goal,
             "scores": dict(self.scores),
         }
 
@@ -130,6 +136,7 @@ class Part:
             layout,
             Normal.from_dict(content["normal"]),
             Normal.from_dict(content["smooth"]),
+            float(content["goal"]),
             content["scores"],
         )
 
@@ -153,10 +160,11 @@ def fit_part(
     ScanError
         If fewer than two subjects are left, one of which is held out.
     """
-    brains, held_out = split_by_subject(volumes, preset.resolution)
+    brains, held_out, subjects = split_by_subject(volumes, preset.resolution)
     tone, tone_scores = fit_tone_model(
         brains,
         held_out,
+        subjects=subjects,
         samples=preset.tone_samples,
         epochs=preset.tone_epochs,
         seed=seed,
@@ -175,6 +183,7 @@ def fit_part(
         flow, brains, held_out, preset, seed, training, method.axis, 0.8 * rest
     )
     flow.eval().requires_grad_(False)
+    toned = [(mapped(tone.curve(image, mask), image, mask), mask) for image, mask in held_out]
     sharp, blurred = (
         [_bits_of(flow, tone, part, method.axis, smooth=smooth) for part in (held_out, brains)]
         for smooth in (False, True)
@@ -187,6 +196,7 @@ def fit_part(
     return Part(
         preset.resolution, tone, flow, harmonizer, layout_of(volumes, tone, preset.resolution),
         _normal(*sharp), _normal(*blurred),
+        goal_of(harmonizer, flow, toned, axis=method.axis) if harmonizer else _normal(*sharp).mean,
         _scores(tone_scores, (sharp[0], sharp[1]), runs),
     ), files  # fmt: skip
 
@@ -198,7 +208,7 @@ def layout_of(volumes: Sequence[Volume], tone: Tone, resolution: float) -> Layou
         grid = on_model_grid(volume, resolution)
         image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
         start = mapped(tone.curve(image, mask), image, mask)
-        found.append(cells(start.numpy(), grid.mask, grid.spacing))
+        found.append(Coarse(start.numpy(), grid.mask, grid.spacing).cells())
     return Layout.of(found)
 
 
@@ -231,8 +241,10 @@ def _scores(
 
 def split_by_subject(
     volumes: Sequence[Volume], resolution: float
-) -> tuple[list[Brain], list[Brain]]:
+) -> tuple[list[Brain], list[Brain], list[str]]:
     """Brains on the model's grid, to learn from and held out; no subject is in both.
+
+    The labels are the subjects of the brains to learn from.
 
     The last subjects in alphabetical order are held out: one in five, at least one.
     """
@@ -244,6 +256,7 @@ def split_by_subject(
         )
     apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
     brains: tuple[list[Brain], list[Brain]] = ([], [])
+    labels = []
     for volume in volumes:
         grid = on_model_grid(volume, resolution)
         brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
@@ -251,8 +264,11 @@ def split_by_subject(
             raise ScanError(
                 f"{volume.name or 'scan'}: too little brain to learn from; check the brain mask"
             )
-        brains[(volume.subject or volume.name) in apart].append(brain)
-    return brains
+        label = volume.subject or volume.name
+        brains[label in apart].append(brain)
+        if label not in apart:
+            labels.append(label)
+    return *brains, labels
 
 
 def on_model_grid(volume: Volume, resolution: float) -> ModelGrid:

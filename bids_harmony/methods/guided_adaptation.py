@@ -10,7 +10,7 @@ the user's task may judge too: states that make it less sure are not kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.flow_optimization import gradient_magnitude, masked_ncc
-from bids_harmony.methods.likelihood import Normal, slices_of, usable_slices
+from bids_harmony.methods.likelihood import slices_of, usable_slices
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.training.slices import on_canvas
@@ -81,7 +81,7 @@ def adapt_harmonizer(
     flow: Flow,
     brains: Sequence[tuple[Tensor, Tensor]],
     *,
-    normal: Normal,
+    goal: float,
     axis: int,
     plan: AdaptationPlan,
     seed: int,
@@ -98,8 +98,8 @@ def adapt_harmonizer(
         Frozen, in eval mode.
     brains
         Tone-mapped image and brain mask, (X, Y, Z) each.
-    normal
-        Bits per dimension of held-out reference brains.
+    goal
+        Bits per dimension of held-out reference brains, from `goal_of`.
     axis
         Across which the slices lie.
     plan
@@ -128,7 +128,7 @@ def adapt_harmonizer(
     slabs = _Slabs(brains, harmonizer, flow, axis, device)
     checks = slabs.draw(plan.checks, generator)
     anchor = deepcopy(harmonizer).requires_grad_(False)
-    run = _Run(harmonizer, anchor, flow, normal, plan, entropy)
+    run = _Run(harmonizer, anchor, flow, goal, plan, entropy)
     run.look(0, checks, states)
     reason = run.reason()
     optimizer = torch.optim.Adam(harmonizer.parameters(), plan.rate, betas=(0.9, 0.99))
@@ -151,6 +151,39 @@ def adapt_harmonizer(
     harmonizer.eval()
     details = {"steps": step, "rejected_steps": rejected, "stop_reason": reason or "all steps"}
     return {**run.before_and_after(), **details}
+
+
+def goal_of(
+    harmonizer: HarmonizerUNet,
+    flow: Flow,
+    brains: Sequence[tuple[Tensor, Tensor]],
+    *,
+    axis: int,
+    batch: int = 8,
+) -> float:
+    """Bits per dimension at which an adaptation ends, told as the adaptation tells its own.
+
+    Parameters
+    ----------
+    harmonizer
+        Pre-trained.
+    flow
+        In eval mode, on the same device.
+    brains
+        Tone-mapped held-out brains of the reference domain: image and brain mask, (X, Y, Z).
+    axis
+        Across which the slices lie.
+
+    Returns
+    -------
+    Mean over all usable slices of the harmonized brains.
+    """
+    slabs = _Slabs(brains, harmonizer, flow, axis, next(harmonizer.parameters()).device)
+    bits = []
+    with torch.no_grad():
+        for images, masks in slabs.all(batch):
+            bits.append(flow.bits_per_dim(harmonizer(images).clamp(min=0) * masks, masks))
+    return float(torch.cat(bits).mean())
 
 
 class _Slabs:
@@ -180,7 +213,14 @@ class _Slabs:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Different slices, (count, slices, H, W), and their masks (count, 1, H, W)."""
-        chosen = torch.randperm(len(self._images), generator=generator)[:count]
+        return self._stacked(torch.randperm(len(self._images), generator=generator)[:count])
+
+    def all(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every slice, in batches."""
+        for chosen in torch.arange(len(self._images)).split(batch):
+            yield self._stacked(chosen)
+
+    def _stacked(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         images = torch.stack([self._images[i] for i in chosen])
         masks = torch.stack([self._masks[i] for i in chosen])
         return images.to(self._device), masks.to(self._device)
@@ -194,12 +234,12 @@ class _Run:
         harmonizer: HarmonizerUNet,
         anchor: HarmonizerUNet,
         flow: Flow,
-        normal: Normal,
+        goal: float,
         plan: AdaptationPlan,
         entropy: Entropy | None,
     ) -> None:
         self._harmonizer, self._anchor, self._flow = harmonizer, anchor, flow
-        self._normal, self._plan, self._entropy = normal, plan, entropy
+        self._goal, self._plan, self._entropy = goal, plan, entropy
         self.history: list[dict[str, float | None]] = []
         self.best = {k: v.detach().clone() for k, v in harmonizer.state_dict().items()}
         self.kept, self._bits, self._since = 0, float("inf"), 0
@@ -215,7 +255,7 @@ class _Run:
         total = plan.edges * (1 - edge_correlation(out, before, masks))
         if plan.guided:
             bits = self._flow.bits_per_dim(out, masks).mean()
-            above = bits - self._normal.mean
+            above = bits - self._goal
             total = total + (above.clamp(min=0) if plan.stop_at_normal else above)
         moved = [
             (new - old).square().sum()
@@ -243,7 +283,7 @@ class _Run:
         state = {k: v.detach().clone() for k, v in self._harmonizer.state_dict().items()}
         if states is not None:
             states.append(state)
-        goal = self._normal.mean if self._plan.stop_at_normal else -float("inf")
+        goal = self._goal if self._plan.stop_at_normal else -float("inf")
         better = max(bits, goal) < max(self._bits, goal) - self._plan.gain
         better = better and self._edges >= self._plan.least_edges and not self._rose
         if step == 0 or better:
@@ -275,12 +315,12 @@ class _Run:
         found: dict[str, Any] = {}
         for name, key in measured.items():
             found |= {f"{name}_before": first[key], f"{name}_after": kept[key]}
-        goal = round(self._normal.mean, 4)
+        goal = round(self._goal, 4)
         return found | {"bpd_goal": goal, "kept_step": self.kept, "history": self.history}
 
     def reason(self) -> str | None:
         """Why to stop now, or None."""
-        if self._plan.stop_at_normal and self._bits <= self._normal.mean:
+        if self._plan.stop_at_normal and self._bits <= self._goal:
             return "as likely as held-out reference brains"
         if self._edges < self._plan.least_edges:
             return "edges moved"

@@ -21,11 +21,18 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import Float64Array, merge_ties
 from bids_harmony.imaging.tone import ToneCurve
 from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram
-from bids_harmony.training.tone import Quantiles, mean_quantiles, train_tone
+from bids_harmony.training.tone import (
+    Quantiles,
+    mean_quantiles,
+    tone_errors,
+    tone_samples,
+    train_tone,
+)
 
 _RIM = 2  # voxels of the model's grid
 _LEAST_CORE = 0.2
 _LEAST_LEVELS = 8
+_FOLDS = 4
 _END_SLOPE = (0.5, 2.0)  # least and most, relative to the curve's mean slope
 
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
@@ -42,8 +49,8 @@ class Tone:
     network
         Corrects the mapping to them.
     doubt
-        Root mean square change that the curve makes to held-out brains of the reference domain,
-        which need none: how far the curve can be trusted.
+        Root mean square change that the curve makes to brains of the reference domain that it
+        was not learned from, which need none: how far the curve can be trusted.
     """
 
     quantiles: Quantiles
@@ -118,7 +125,7 @@ class Tone:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Tone:
         """Inverse of `arrays`."""
-        network = ToneNetwork(hidden=len(arrays["tone/layers.1.bias"]))
+        network = ToneNetwork(hidden=len(arrays["tone/layers.0.bias"]))
         load_arrays(network, arrays, "tone")
         quantiles = Quantiles(torch.from_numpy(np.array(arrays["quantiles"])))
         return cls(quantiles, network, float(arrays["doubt"][0]))
@@ -142,30 +149,45 @@ def fit_tone_model(
     brains: Sequence[Brain],
     held_out: Sequence[Brain],
     *,
+    subjects: Sequence[str],
     samples: int,
     epochs: int,
     seed: int,
     minutes: float | None,
 ) -> tuple[Tone, dict[str, float]]:
-    """Learn the tone of the reference domain; held-out error before and after, and doubt."""
+    """Learn the tone of the reference domain.
+
+    The doubt is cross-validated over the subjects of `brains`, whose labels are `subjects`, and
+    over `held_out`: one brain of unusual tissue fractions must not decide it alone.
+
+    Returns
+    -------
+    tone, scores
+        Held-out error before and after the correction, and doubt.
+    """
     inner, inner_held_out = ([(i, core(m)) for i, m in part] for part in (brains, held_out))
     quantiles = mean_quantiles([*inner, *inner_held_out])
-    network, scores = train_tone(
-        inner,
-        inner_held_out,
-        quantiles,
-        samples=samples,
-        epochs=epochs,
-        seed=seed,
-        minutes=minutes,
-    )
+    learned = tone_samples(inner, quantiles, count=samples, seed=seed, minutes=minutes)
+    network = train_tone(learned, epochs=epochs, seed=seed)
+    scores = tone_errors(network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1)
     tone = Tone(quantiles, network)
-    changes = []
-    for image, mask in held_out:
-        values = image[core(mask)].numpy()
-        changes.append(float(np.mean((tone.curve(image, mask)(values) - values) ** 2)))
-    doubt = float(np.sqrt(np.mean(changes)))
+    changes = [_change(tone, brain) for brain in held_out]
+    names = sorted(set(subjects))
+    folds = min(_FOLDS, len(names))
+    for fold in range(folds if folds > 1 else 0):
+        apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
+        other = Tone(quantiles, train_tone(learned.without(apart), epochs=epochs, seed=seed))
+        changes += [_change(other, brains[k]) for k in apart]
+    doubt = float(np.sqrt(np.mean(np.square(changes))))
     return replace(tone, doubt=doubt), {**scores, "doubt": doubt}
+
+
+def _change(tone: Tone, brain: Brain) -> float:
+    """Root mean square of what the curve changes in a brain."""
+    image, mask = brain
+    values = image[core(mask)].numpy()
+    curve = tone.curve(image, mask, whole=True)
+    return float(np.sqrt(np.mean((curve(values) - values) ** 2)))
 
 
 def _curve(x: Float64Array, y: Float64Array) -> ToneCurve:

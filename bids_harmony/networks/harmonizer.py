@@ -94,7 +94,10 @@ class HarmonizerUNet(nn.Module):
         for level, block in enumerate(self.down):
             x = block(functional.max_pool2d(x, 2) if level else x)
             taps.append(x)
-        gain = self.gain(x.mean(dim=(2, 3)))[:, :, None, None]
+        # over the brain only: the answer must not depend on the zeros around it
+        inside = functional.avg_pool2d((middle != 0).float(), self.divisor)
+        total = inside.sum(dim=(2, 3)).clamp(min=1e-6)
+        gain = self.gain((x * inside).sum(dim=(2, 3)) / total)[:, :, None, None]
         for block, tap in zip(self.up, taps[-2::-1], strict=True):
             x = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             x = block(torch.cat((x, tap), dim=1))

@@ -79,11 +79,7 @@ class ToneNetwork(nn.Module):
         self.register_buffer("shift", torch.zeros(FEATURES))
         self.register_buffer("spread", torch.ones(FEATURES))
         self.layers = nn.Sequential(
-            nn.Dropout(0.1),
-            nn.Linear(FEATURES, hidden),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(hidden, KNOTS),
+            nn.Linear(FEATURES, hidden), nn.ReLU(), nn.Linear(hidden, KNOTS)
         )
         last = self.layers[-1]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]

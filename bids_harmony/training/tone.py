@@ -23,6 +23,7 @@ from bids_harmony.training.degrade import (
 
 _STEEPNESS = 0.03  # weight of differences between neighbouring knots' errors
 _BATCH = 64
+_JITTER = 0.03  # of the features' spread
 
 
 @dataclass(frozen=True)
@@ -65,41 +66,69 @@ def mean_quantiles(brains: Sequence[tuple[Tensor, Tensor]], count: int = 256) ->
     return Quantiles(torch.stack([empty.own(image[mask]) for image, mask in brains]).mean(0))
 
 
-def train_tone(
+@dataclass(frozen=True)
+class ToneSamples:
+    """Parts of reference brains made to look foreign.
+
+    Attributes
+    ----------
+    features, targets, weights
+        As `foreign_part` gives them, (N, ...) each.
+    brains
+        Number of the brain that each was made of, (N,).
+    """
+
+    features: Tensor
+    targets: Tensor
+    weights: Tensor
+    brains: Tensor
+
+    def without(self, brains: Sequence[int]) -> ToneSamples:
+        """Those of other brains."""
+        keep = ~torch.isin(self.brains, torch.tensor(list(brains), dtype=torch.long))
+        return ToneSamples(
+            self.features[keep], self.targets[keep], self.weights[keep], self.brains[keep]
+        )
+
+
+def tone_samples(
     brains: Sequence[tuple[Tensor, Tensor]],
-    held_out: Sequence[tuple[Tensor, Tensor]],
     quantiles: Quantiles,
     *,
-    samples: int,
-    epochs: int,
+    count: int,
     seed: int,
     minutes: float | None = None,
-) -> tuple[ToneNetwork, dict[str, float]]:
-    """Train on random parts of `brains`; tell the error on parts of `held_out`.
-
-    Returns
-    -------
-    network
-        In eval mode.
-    scores
-        Root mean square tone error of held-out parts before and after the correction.
-    """
+) -> ToneSamples:
+    """Up to `count` samples, from the brains in turn; fewer when time runs out, one of each."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of the first weights
-        network = ToneNetwork()
-    features, targets, weights = _samples(brains, quantiles, samples, generator, minutes)
-    network.standardize(features)
-    _fit(network, features, targets, weights, epochs, generator)
-    limit = None if minutes is None else minutes / 8
-    checks = _samples(held_out, quantiles, max(samples // 8, 4), generator, limit)
+    start, rows = monotonic(), []
+    for index in range(max(count, len(brains))):
+        late = minutes is not None and monotonic() - start > 60 * minutes
+        if late and index >= len(brains):
+            break
+        image, mask = brains[index % len(brains)]
+        rows.append(foreign_part(image, mask, quantiles, generator))
+    features, targets, weights = (torch.stack(part) for part in zip(*rows, strict=True))
+    return ToneSamples(features, targets, weights, torch.arange(len(rows)) % len(brains))
+
+
+def tone_errors(
+    network: ToneNetwork,
+    brains: Sequence[tuple[Tensor, Tensor]],
+    quantiles: Quantiles,
+    *,
+    count: int,
+    seed: int,
+) -> dict[str, float]:
+    """Root mean square tone error of parts of held-out brains before and after correction."""
+    checks = tone_samples(brains, quantiles, count=count, seed=seed)
     with torch.no_grad():
-        rest = checks[1] - network(checks[0])
+        rest = checks.targets - network(checks.features)
 
     def rms(error: Tensor) -> float:
-        return float((checks[2] * error.square()).sum(1).mean().sqrt())
+        return float((checks.weights * error.square()).sum(1).mean().sqrt())
 
-    return network, {"before": rms(checks[1]), "after": rms(rest)}
+    return {"before": rms(checks.targets), "after": rms(rest)}
 
 
 def foreign_part(
@@ -166,47 +195,30 @@ def _part(image: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tens
     return (moved(image) * bent, bent) if bent.sum() > 1000 else (image, mask)
 
 
-def _samples(
-    brains: Sequence[tuple[Tensor, Tensor]],
-    quantiles: Quantiles,
-    count: int,
-    generator: torch.Generator,
-    minutes: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `count` samples; fewer when time runs out, but one of each brain."""
-    start, rows = monotonic(), []
-    for index in range(count):
-        late = minutes is not None and monotonic() - start > 60 * minutes
-        if late and index >= len(brains):
-            break
-        image, mask = brains[index % len(brains)]
-        rows.append(foreign_part(image, mask, quantiles, generator))
-    features, targets, weights = (torch.stack(part) for part in zip(*rows, strict=True))
-    return features, targets, weights
+def train_tone(samples: ToneSamples, *, epochs: int, seed: int) -> ToneNetwork:
+    """Train on samples; the network is in eval mode.
 
-
-def _fit(
-    network: ToneNetwork,
-    features: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    epochs: int,
-    generator: torch.Generator,
-) -> None:
+    Neither dropout nor strong noise: cross-validated on reference brains, both made it worse.
+    """
+    features, targets, weights = samples.features, samples.targets, samples.weights
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the first weights
+        network = ToneNetwork()
+    network.standardize(features)
     rate = 2e-3
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.02)
     network.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())  # of the dropout
-        for epoch in range(epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * epoch / epochs))
-            for rows in torch.randperm(len(features), generator=generator).split(_BATCH):
-                jitter = 0.1 * torch.randn((len(rows), features.shape[1]), generator=generator)
-                error = network(features[rows] + jitter * network.spread) - targets[rows]
-                fit = ((weights[rows] * error.square()).sum(1) + 1e-5).sqrt().mean()
-                loss = fit + _STEEPNESS * error.diff(dim=1).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    network.eval()
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * epoch / epochs))
+        for rows in torch.randperm(len(features), generator=generator).split(_BATCH):
+            jitter = torch.randn((len(rows), features.shape[1]), generator=generator)
+            seen = features[rows] + _JITTER * jitter * network.spread
+            error = network(seen) - targets[rows]
+            fit = ((weights[rows] * error.square()).sum(1) + 1e-5).sqrt().mean()
+            loss = fit + _STEEPNESS * error.diff(dim=1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval()
