@@ -30,7 +30,7 @@ from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import write_json
-from bids_harmony.errors import HarmonyError, UsageError
+from bids_harmony.errors import ExitCode, HarmonyError, UsageError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import IntensityScale, fit_scale, median_scale
 from bids_harmony.interfaces.ants_functions import divide_by_bias
@@ -182,7 +182,7 @@ class Prepared:
             stream.write(f"{' '.join(command[1:])}\n")
             stream.flush()
             done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
-        if done.returncode not in (0, 1):
+        if done.returncode not in (ExitCode.OK, ExitCode.DATA):  # a refused scan is a result
             last = log.read_text().strip().splitlines()[-1]
             raise HarmonyError(f"{level} left with {done.returncode}: {last} (log: {log})")
         return time.perf_counter() - start, _processor_seconds() - used

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.data import need
 from benchmarks.harness import scans_of
-from benchmarks.out_of_domain import volume_of
+from benchmarks.out_of_domain import preprocessed
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.flow_method import FlowMethod
@@ -72,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = need(options.work.absolute() / "blindharmony-1-3")
     people = ["nov61exp", "nov62exp", "nov63exp", "nov61log"][:SCANS]
-    volumes = [volume_of(s, folder / "out") for s in scans_of(folder / "bids", people)]
+    volumes = [preprocessed(s, folder / "out") for s in scans_of(folder / "bids", people)]
     for key in ("harmonizing-flows", "blindharmony"):
         method = load_bundle(need(folder / "out" / "models" / key)).method
         if isinstance(method, FlowMethod):

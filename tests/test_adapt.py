@@ -295,7 +295,15 @@ def test_one_label_one_way_to_adapt(cohort, job):
     options = ["--model", cohort.model, "--participant-label", "b4", "--adapt", "none"]
     ran = cohort.run("participant", "out", *options)
     assert ran.code == 64
-    assert "holds scans with --adapt site under desc-harmonized, not --adapt none" in ran.err
+    told = "holds scans with --adapt site --adapt-scans 2 under desc-harmonized, not --adapt none"
+    assert told in ran.err
+
+
+def test_another_count_of_scans_needs_another_label(cohort, job):
+    options = ["--model", cohort.model, "--participant-label", "b4", "--adapt-scans", "3"]
+    ran = cohort.run("participant", "out", *options)
+    assert ran.code == 64
+    assert "under desc-harmonized, not --adapt site --adapt-scans 3; choose" in ran.err
 
 
 def test_adaptations_are_no_bundles(cohort, job):
@@ -306,7 +314,7 @@ def test_adaptations_are_no_bundles(cohort, job):
 
 
 def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
-    """Its scans are refused with the reason; the other sites go on."""
+    """Its scans are judged as they are, and here refused; the other sites go on."""
     data, affine = brains.brain("B", 1)
     made = DataSet(tmp_path / "raw")
     made.scan("c1", np.full_like(data, 3), affine)
@@ -318,7 +326,7 @@ def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
     options = ["--model", cohort.model, *quick(tmp_path / "work", tmp_path / "theirs")]
     ran = call(made.root, tmp_path / "out", "participant", *options)
     assert ran.code == 65
-    assert "none of the scans of site C (T1w) that were tried can be used" in ran.out
+    assert "none of the scans of site C (T1w) that were tried can be used" in ran.err
     assert ": harmonized" in ran.line("sub-a1_T1w")
     assert "refused" in (tmp_path / "out" / "sub-c1.html").read_text()
 

@@ -269,6 +269,31 @@ def test_networks_that_make_it_worse_are_left_out(model, scan, monkeypatch):
         assert result.details["bits_per_dimension"]["output"] == (2.5 if kept else 2.0)
 
 
+def test_a_spoiled_harmonizer_leaves_the_first_curve(model, scan, monkeypatch):
+    """What the second curve found on its output does not stay behind."""
+    if model.name != "harmonizing-flows":
+        pytest.skip("has a harmonizer")
+    made = type(model).from_state(model.arrays(), model.params())
+    part = made._parts["T1w"]
+    part.smooth, part.normal = Normal(1e3, 0.0), Normal(1.0, 0.0)
+    with torch.no_grad():
+        part.harmonizer.bias.weight.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+        part.harmonizer.bias.bias.fill_(0.2)
+    case = made._case(part, scan)
+
+    def bits(_part, image, _case):
+        return 2.0 if torch.equal(image, case.start) else 3.0
+
+    monkeypatch.setattr(made, "_bits", bits)
+    result = made.harmonize(scan, seed=0)
+    assert any("only the curve" in text for text in result.warnings)
+    expected = np.maximum(case.curve(scan.data), 0)
+    assert result.data[scan.mask] == pytest.approx(expected[scan.mask], abs=1e-5)
+    found = result.details["bits_per_dimension"]
+    assert found["output"] == found["tone"] == 2.0
+    assert any("Still unlike" in text for text in result.warnings)
+
+
 def test_what_the_networks_change_is_bounded(model, scan, monkeypatch):
     monkeypatch.setattr(model, "_refine", lambda part, case, seed: case.start + 5 * case.mask)
     monkeypatch.setattr(model, "_bits", lambda part, image, case: 1.0)
@@ -314,7 +339,7 @@ def test_tiny_masks_end_the_training_instead_of_hanging_it(name):
 def test_no_subject_is_both_learned_from_and_held_out():
     volumes = [replace(brain(s), data=np.where(brain(s).mask, s + 1.0 * brain(s).data, 0),
                        subject=f"{s // 2:02d}") for s in range(2, 14)]  # fmt: skip
-    learn, apart = split_by_subject(volumes, 2.0)
+    learn, apart, _ = split_by_subject(volumes, 2.0)
     subjects = [{int(float(i[m].min())) // 2 for i, m in part} for part in (learn, apart)]
     assert subjects[0] == {1, 2, 3, 4, 5}
     assert subjects[1] == {6}
@@ -465,7 +490,7 @@ def site():
 def test_adapting_leaves_the_method_as_it_is(method, site):
     # A goal out of reach, so that the harmonizer has something to learn.
     model = tolerant(method)
-    model._parts["T1w"].normal = Normal(-50.0, 50.0)
+    model._parts["T1w"].goal = -50.0
     before = model.arrays()
     adaptation = model.adapt(site, seed=0)
     json.dumps(dict(adaptation.details), allow_nan=False)

@@ -12,6 +12,7 @@ from bids_harmony.methods.guided_adaptation import (  # noqa: E402
     AdaptationPlan,
     adapt_harmonizer,
     edge_correlation,
+    goal_of,
 )
 from bids_harmony.methods.likelihood import (  # noqa: E402
     Normal,
@@ -24,7 +25,7 @@ from bids_harmony.networks.harmonizer import HarmonizerUNet  # noqa: E402
 from tests.flow_brains import brain  # noqa: E402
 
 PLAN = AdaptationPlan(steps=20, every=5, rate=2e-3, batch=4, checks=6, tie=0.01, gain=1e-4)
-NORMAL = Normal(1.0, 0.1)
+GOAL = 1.0
 
 
 class MeanFlow(torch.nn.Module):
@@ -66,7 +67,7 @@ def harmonizer():
     return HarmonizerUNet(1, (4, 8), "leaky-relu").eval()
 
 
-def adapt(brains, flow, plan=PLAN, goal=NORMAL.mean, network=None, states=None):
+def adapt(brains, flow, plan=PLAN, goal=GOAL, network=None, states=None):
     made = network or harmonizer()
     details = adapt_harmonizer(
         made, flow, brains, goal=goal, axis=1, plan=plan, seed=0, states=states
@@ -113,10 +114,10 @@ def test_it_does_not_start_where_the_goal_is_met(brains):
 def test_it_stops_once_the_goal_is_met(brains):
     flow = MeanFlow(wanted=mean_of(brains) + 0.05)
     before = adapt(brains, flow)[1]["bpd_before"]
-    goal = Normal(before - 0.2, 0.1)
+    goal = before - 0.2
     _, details = adapt(brains, flow, replace(PLAN, steps=200), goal)
     assert details["stop_reason"] == "as likely as held-out reference brains"
-    assert details["bpd_after"] <= goal.mean
+    assert details["bpd_after"] <= goal
     assert details["steps"] < 200
     # Without this bound it goes on below the goal.
     _, further = adapt(
@@ -264,3 +265,12 @@ def test_bits_of_nothing_or_of_what_is_not_finite_are_infinite(brains):
     image, mask = brains[0]
     assert bits_of_brain(MeanFlow(), image, mask & False, 1) == float("inf")
     assert bits_of_brain(MeanFlow(slope=float("nan")), image, mask, 1) == float("inf")
+
+
+def test_the_goal_is_told_as_the_adaptation_tells_its_bits(brains):
+    """All slices of the brains, in the very words of a look at them."""
+    network, flow = harmonizer(), MeanFlow()
+    goal = goal_of(network, flow, brains, axis=1, batch=3)
+    every = replace(PLAN, checks=10**6, steps=0)
+    details = adapt_harmonizer(network, flow, brains, goal=-1e9, axis=1, plan=every, seed=0)
+    assert details["bpd_before"] == pytest.approx(goal, abs=1e-3)

@@ -107,3 +107,16 @@ def test_leaky_relu_has_half_the_weights():
         sum(p.numel() for p in HarmonizerUNet(activation=a).parameters()) for a in ACTIVATIONS
     ]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
+
+
+def test_zeros_around_the_brain_do_not_change_the_gain():
+    made = network(slices=1)
+    with torch.no_grad():
+        made.bias.weight.zero_()
+        made.bias.bias.zero_()
+    x = torch.zeros(2, 1, 64, 64)
+    x[:, :, 24:40, 24:40] = 0.5 + 0.1 * images()[:2, :, :, :16]
+    wide = torch.nn.functional.pad(x, (32, 32, 32, 32))
+    small, large = made(x), made(wide)[:, :, 32:-32, 32:-32]
+    assert torch.allclose(small, large, atol=1e-6)
+    assert (small - x).abs().max() > 1e-3

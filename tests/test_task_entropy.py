@@ -20,7 +20,6 @@ from bids_harmony.methods.guided_adaptation import (  # noqa: E402
     AdaptationPlan,
     adapt_harmonizer,
 )
-from bids_harmony.methods.likelihood import Normal  # noqa: E402
 from bids_harmony.methods.task_entropy import (  # noqa: E402
     normalised_entropy,
     read_segmentation,
@@ -141,7 +140,7 @@ def adapt(brains, entropy=None, plan=PLAN):
     flow = MeanFlow(float(image[mask].mean()) + 0.05)
     states = []
     details = adapt_harmonizer(
-        network, flow, brains, normal=Normal(1.0, 0.1), axis=1, plan=plan, seed=0, states=states,
+        network, flow, brains, goal=1.0, axis=1, plan=plan, seed=0, states=states,
         entropy=entropy,
     )  # fmt: skip
     state = network.state_dict()
@@ -357,7 +356,7 @@ def test_harmonizing_flows_adapts_by_it_and_names_it(tmp_path):
     task = read_segmentation(path)
     method = tiny.tolerant(tiny.train("harmonizing-flows"))
     for part in method._parts.values():
-        part.normal = Normal(0.0, 0.0)  # a goal that is out of reach
+        part.goal = 0.0  # a goal that is out of reach
     site = [tiny.brain(seed, gamma=0.7) for seed in (11, 12)]
     plain = method.adapt(site, seed=0)
     judged = method.adapt(site, seed=0, segmentation=task)

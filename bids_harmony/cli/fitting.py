@@ -11,7 +11,7 @@ from pathlib import Path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.cli.context import Context
 from bids_harmony.cli.progress import Progress
-from bids_harmony.config import DEFAULT_METHOD, Config
+from bids_harmony.config import ADAPT_SCANS, DEFAULT_METHOD, Config
 from bids_harmony.errors import UsageError
 from bids_harmony.methods.base import Training
 from bids_harmony.methods.bundle import is_bundle
@@ -111,7 +111,12 @@ def target_of(context: Context) -> Target | None:
     )
     segmentation = _segmentation(config, target.method)
     grid_file = context.grid_file(target.contract)
-    return replace(target, grid_file=grid_file, segmentation=segmentation)
+    return replace(
+        target,
+        grid_file=grid_file,
+        segmentation=segmentation,
+        adapt_scans=config.adapt_scans or ADAPT_SCANS,
+    )
 
 
 def _segmentation(config: Config, method: str) -> SegmentationFile | None:

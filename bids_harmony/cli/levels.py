@@ -18,7 +18,7 @@ from bids_harmony.cli.outputs import (
     write_root,
 )
 from bids_harmony.cli.progress import Progress, run_line
-from bids_harmony.config import ADAPT_SCANS, DEFAULT_METHOD, Config
+from bids_harmony.config import DEFAULT_METHOD, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
 from bids_harmony.methods.base import NATIVE_GRID
 from bids_harmony.methods.registry import available
@@ -162,7 +162,7 @@ def _adapting(context: Context, target: Target, job: Job) -> Adapting:
     def find(participants: Sequence[str] | None, modality: str) -> list[Scan]:
         return context.find([modality], participants, plain=True)[0]
 
-    return Adapting(target, job, find, context.config.adapt_scans or ADAPT_SCANS)
+    return Adapting(target, job, find, target.adapt_scans)
 
 
 def _plan(

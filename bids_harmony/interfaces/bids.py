@@ -62,6 +62,9 @@ class WritePreprocessed(TimedInterface):
         made = {**inputs.fingerprint, "InputSHA256": inputs.checksum}
         common = {"Sources": [source], "Preprocessing": made}
         written = []
+        # what lies here belongs together while the mask has a sidecar, which is written last
+        mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
+        sidecar_path(mask).unlink(missing_ok=True)
         if isdefined(inputs.transform_file):
             path = derivative_path(
                 out_dir, scan, from_=scan.suffix, to=inputs.template, extension=".txt"
@@ -76,16 +79,15 @@ class WritePreprocessed(TimedInterface):
             words = {"Description": "N4 bias field on a coarse grid", "SkullStripped": False}
             write_json(sidecar_path(path), common | words)
             written.append(str(path))
-        path = derivative_path(out_dir, scan, desc="brain", suffix="mask")
-        save_nifti(load_mask(inputs.mask_file), load(inputs.mask_file)[1], path, dtype=np.uint8)
+        save_nifti(load_mask(inputs.mask_file), load(inputs.mask_file)[1], mask, dtype=np.uint8)
         words = {
             "Type": "Brain",
             "Description": inputs.mask_source,
             "Given": inputs.given,
             "Warnings": self._given("mask_warnings") or [],
         }
-        write_json(sidecar_path(path), common | words)
-        self._results["out_files"] = [*written, str(path)]
+        write_json(sidecar_path(mask), common | words)
+        self._results["out_files"] = [*written, str(mask)]
 
 
 def spatial_reference(template: str) -> str:

@@ -73,6 +73,7 @@ class StoreVolume(TimedInterface):
 
     def _run(self, cwd: Path) -> None:
         stem = self.inputs.out_stem
+        Path(f"{stem}.json").unlink(missing_ok=True)
         scaled, affine = load(self.inputs.scaled_file)
         mask = load_mask(self.inputs.mask_file)
         save_nifti(np.where(mask, scaled, 0), affine, Path(f"{stem}_scaled.nii"))

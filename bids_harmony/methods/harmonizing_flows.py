@@ -23,6 +23,7 @@ from bids_harmony.networks.affine_flow import AffineFlow
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.training.fit import Plan
+from bids_harmony.training.slices import on_canvas
 
 _CPU = Preset(
     resolution=2.0,
@@ -177,8 +178,12 @@ def apply_harmonizer(harmonizer: HarmonizerUNet, image: Tensor) -> Tensor:
 
 
 def slabs(image: Tensor, axis: int, harmonizer: HarmonizerUNet) -> Tensor:
-    """Every slice across `axis` with its neighbours, (N, slices, H, W), padded to multiples."""
-    stack, _ = slices_of(image, axis, harmonizer.divisor)
+    """Every slice across `axis` with its neighbours, (N, slices, side, side).
+
+    Squares as in training: how near the canvas ends is seen by convolutions.
+    """
+    side = -(-max(image.shape) // harmonizer.divisor) * harmonizer.divisor
+    stack = on_canvas(slices_of(image, axis, 1)[0], side, side)
     reach = harmonizer.slices // 2
     padded = functional.pad(stack[:, 0], (0, 0, 0, 0, reach, reach))
     count = stack.shape[0]

@@ -169,7 +169,10 @@ def fit_tone_model(
     quantiles = mean_quantiles([*inner, *inner_held_out])
     learned = tone_samples(inner, quantiles, count=samples, seed=seed, minutes=minutes)
     network = train_tone(learned, epochs=epochs, seed=seed)
-    scores = tone_errors(network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1)
+    rest = None if minutes is None else minutes / 8
+    scores = tone_errors(
+        network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
+    )
     tone = Tone(quantiles, network)
     changes = [_change(tone, brain) for brain in held_out]
     names = sorted(set(subjects))

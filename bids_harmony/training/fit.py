@@ -69,7 +69,7 @@ class Trained:
     Attributes
     ----------
     curve
-        One row per look at the held-out score: step, training loss, held-out score, seconds.
+        One row per look at the held-out score: step, training loss, held-out score.
     steps, rejected
         Steps taken, and steps left out because they were not finite.
     best

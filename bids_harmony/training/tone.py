@@ -119,9 +119,10 @@ def tone_errors(
     *,
     count: int,
     seed: int,
+    minutes: float | None = None,
 ) -> dict[str, float]:
     """Root mean square tone error of parts of held-out brains before and after correction."""
-    checks = tone_samples(brains, quantiles, count=count, seed=seed)
+    checks = tone_samples(brains, quantiles, count=count, seed=seed, minutes=minutes)
     with torch.no_grad():
         rest = checks.targets - network(checks.features)
 

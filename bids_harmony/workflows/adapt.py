@@ -128,6 +128,9 @@ def adapt_to_sites(
             for key in (key for key in todo if key not in failed):
                 folder = adapting.folder(key)
                 made[key] = _adapt_to(folder, load_adaptation(folder))
+    for key in [k for k, outcome in failed.items() if outcome.exit_code == ExitCode.DATA]:
+        LOG.warning("%s; its scans are harmonized by the model as it is", failed.pop(key).message)
+        made[key] = AdaptTo("none", "none of the scans of the site that were tried can be used")
     return made, failed
 
 
@@ -138,8 +141,8 @@ def _adapt_to(folder: Path, found: StoredAdaptation) -> AdaptTo:
 def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
     """Whether model, settings and scans are those that the adaptation was made with."""
     site, modality = key
-    said = (facts.get("model"), facts.get("site"), facts.get("settings"))
-    if said != (adapting.target.hash, site, adapting.settings):
+    said = [facts.get(key) for key in ("model", "site", "settings", "device")]
+    if said != [adapting.target.hash, site, adapting.settings, adapting.target.device]:
         return False
     subjects = sorted({scan["subject"] for scan in facts["scans"]})
     try:
@@ -203,15 +206,15 @@ def _run(
     """One node per site; what went wrong, by site."""
     target, job = adapting.target, adapting.job
     failed: dict[Key, Outcome] = {}
-    words = [target.hash, str(job.place.out_dir), sorted(volumes)]
-    label = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:10]
+    words = [target.hash, str(job.place.out_dir), sorted(volumes), adapting.settings]
+    label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
     graph = Workflow(name=f"bids_harmony_adapt_{label}_wf")
     keys: dict[str, Key] = {}
     for number, (key, pairs) in enumerate(sorted(volumes.items()), start=1):
         site, modality = key
         if not pairs:
             text = f"none of the scans of site {site} ({modality}) that were tried can be used"
-            text += " to adapt to it; repair one, or choose --adapt none"
+            text += " to adapt to it"
             failed[key] = Outcome(site, "", "refused", text, ExitCode.DATA)
             continue
         part = Workflow(name=f"site_{number}_wf")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from bids_harmony._version import __version__
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import UNKNOWN_SITE, Scan
+from bids_harmony.config import ADAPT_SCANS
 from bids_harmony.imaging.templates import OutputSpace
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NATIVE_GRID, Contract
@@ -135,6 +136,8 @@ class Target:
         Sites that training has seen.
     adapt
         ``site``, ``scan`` or ``none`` as asked for; empty for methods that do not adapt.
+    adapt_scans
+        How many scans of a site are adapted to.
     adaptations
         Stored adaptation by (site, modality).
     segmentation
@@ -157,15 +160,19 @@ class Target:
     memory_gb: float = 0.0
     training_sites: tuple[str, ...] = ()
     adapt: str = ""
+    adapt_scans: int = ADAPT_SCANS
     adaptations: Mapping[tuple[str, str], AdaptTo] = field(default_factory=dict)
     segmentation: SegmentationFile | None = None
 
     @property
     def adapt_words(self) -> str:
         """How it adapts, as the command line says it."""
-        if self.segmentation is None:
-            return self.adapt
-        return f"{self.adapt} --adapt-segmentation (sha256 {self.segmentation.sha256})"
+        words = [self.adapt]
+        if self.adapt == "site" and self.adapt_scans != ADAPT_SCANS:
+            words.append(f"--adapt-scans {self.adapt_scans}")
+        if self.segmentation is not None:
+            words.append(f"--adapt-segmentation (sha256 {self.segmentation.sha256})")
+        return " ".join(words)
 
     def adapt_to(self, site: str, modality: str) -> AdaptTo:
         """What the method is adapted to for the scans of a site."""
