@@ -469,6 +469,9 @@ def test_debugging_aids(tiny, bundle, transforms, tmp_path):
     names = {p.name for p in (tmp_path / "out" / "logs").iterdir()}
     assert any("graph" in name for name in names), names
     assert any("resource" in name for name in names), names
+    from nipype import config
+
+    assert not config.resource_monitor  # later interfaces of this process leave no traces
 
 
 def test_reports_only_before_any_run(tiny, bundle, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bids_harmony.workflows.plugins import (
     NodeFailure,
     describe_failure,
     set_log_level,
-    watch_resources,
+    watched_resources,
 )
 
 LOG = logging.getLogger("bids_harmony")
@@ -114,10 +114,9 @@ def run_graph(
         if status in ("end", "exception"):
             on_node(node.fullname, status)
 
-    if engine.resource_monitor:
-        watch_resources()
     # Nipype leaves its traces in the current folder
-    with _inside(engine.work_dir):
+    watched = watched_resources() if engine.resource_monitor else nullcontext()
+    with _inside(engine.work_dir), watched:
         plugin = _plugin(engine, n_scans, callback)
         failures = _run(workflow, plugin, engine.work_dir)
     trace = engine.work_dir / workflow.name / "resource_monitor.json"

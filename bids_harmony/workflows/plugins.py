@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import sleep
@@ -122,6 +124,18 @@ def watch_resources() -> None:
     from nipype import config
 
     config.enable_resource_monitor()
+
+
+@contextmanager
+def watched_resources() -> Iterator[None]:
+    """`watch_resources` for a while: later nodes of this process leave no traces."""
+    from nipype import config
+
+    watch_resources()
+    try:
+        yield
+    finally:
+        config.disable_resource_monitor()
 
 
 def set_log_level(level: int) -> None:
