@@ -60,7 +60,7 @@ class BlindHarmony(Table):
         "by the reference domain's map. Brain: in the mask, in three dimensions. Field: mean "
         "over axial slices in the middle 60 mm, 173 x 211 mm, zero background included, in the "
         "manner of the paper, whose figures (OASIS-3, other scans, 1.2 mm, slices scaled one by "
-        "one) stand beside."
+        "one) stand beside; at gamma 1.5 its better one (beta1 500; with 1000 it is 25.8 dB)."
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("psnr", "PSNR, brain", "dB"),
@@ -89,7 +89,7 @@ class BlindHarmony(Table):
             ("blindharmony", "exp", 29.7, 0.985),
             ("blindharmony", "log", 28.7, 0.979),
             ("blindharmony", "gamma07", 27.5, 0.971),
-            ("blindharmony", "gamma15", 25.8, 0.961),
+            ("blindharmony", "gamma15", 26.8, 0.967),
             ("histogram-matching", "exp", 26.5, 0.961),
             ("histogram-matching", "log", 26.5, 0.961),
             ("histogram-matching", "gamma07", 26.5, 0.961),
