@@ -101,11 +101,12 @@ class Tone:
         """A curve that goes only part of the way where it asks for little.
 
         With d its root mean square change of a brain's `values`, (N,), the share
-        ``max(0, 1 - (doubt / d)**2)`` of it is left (as Stein's estimator), so that a scan which
-        is like the reference domain already stays as it is.
+        ``1 - (doubt / d)**2`` of it is left as in Stein's estimator, times 4/3, within 0..1: a
+        scan that is like the reference domain already stays as it is, and a curve that asks for
+        twice the doubt is believed.
         """
         asked = float(np.mean((curve(values.numpy()) - values.numpy()) ** 2))
-        share = max(0.0, 1 - self.doubt**2 / max(asked, 1e-12))
+        share = float(np.clip(4 / 3 * (1 - self.doubt**2 / max(asked, 1e-12)), 0, 1))
         x, y = np.array(curve.x), np.array(curve.y)
         return ToneCurve(
             curve.x,
