@@ -61,7 +61,7 @@ class Layout:
     def turned(self, brain: Coarse) -> tuple[str, float]:
         """The right-angled turn that a brain must have undergone, and the bits that show it.
 
-        A brain that is nodded or rolled by up to half a right angle is not turned.
+        As the brain lies counts also with a nod of up to 30 or a roll of up to 15 degrees.
 
         Returns
         -------

@@ -115,8 +115,8 @@ class BlindHarmony(FlowMethod):
         for beta1 in BETA1:
             weights = replace(self._weights[modality], beta1=beta1)
             images = optimize_slices(part.flow, source, masks, weights).images
+            bits[beta1] = _bits(part.flow, images, masks)
             with torch.no_grad():
-                bits[beta1] = _bits(part.flow, images, masks)
                 likeness[beta1] = float(masked_ncc(images, source, masks).mean())
         before = _bits(part.flow, source, masks)
         if not all(math.isfinite(b) for b in (before, *bits.values())):

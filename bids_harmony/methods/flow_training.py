@@ -183,9 +183,12 @@ def fit_part(
         flow, brains, held_out, preset, seed, training, method.axis, 0.8 * rest
     )
     flow.eval().requires_grad_(False)
-    toned = [(mapped(tone.curve(image, mask), image, mask), mask) for image, mask in held_out]
+    toned = [
+        [(mapped(tone.curve(image, mask), image, mask), mask) for image, mask in part]
+        for part in (held_out, brains)
+    ]
     sharp, blurred = (
-        [_bits_of(flow, tone, part, method.axis, smooth=smooth) for part in (held_out, brains)]
+        [_bits_of(flow, part, method.axis, smooth=smooth) for part in toned]
         for smooth in (False, True)
     )
     files = {
@@ -196,7 +199,8 @@ def fit_part(
     return Part(
         preset.resolution, tone, flow, harmonizer, layout_of(volumes, tone, preset.resolution),
         _normal(*sharp), _normal(*blurred),
-        goal_of(harmonizer, flow, toned, axis=method.axis) if harmonizer else _normal(*sharp).mean,
+        goal_of(harmonizer, flow, toned[0], axis=method.axis)
+        if harmonizer else _normal(*sharp).mean,
         _scores(tone_scores, (sharp[0], sharp[1]), runs),
     ), files  # fmt: skip
 
@@ -411,13 +415,10 @@ def _train_flow(
     )
 
 
-def _bits_of(
-    flow: Flow, tone: Tone, brains: Sequence[Brain], axis: int, *, smooth: bool
-) -> list[float]:
-    """Bits per dimension of reference brains after their tone was mapped, as any scan's is."""
+def _bits_of(flow: Flow, toned: Sequence[Brain], axis: int, *, smooth: bool) -> list[float]:
+    """Bits per dimension of reference brains whose tone was mapped, as any scan's is."""
     found = []
-    for image, mask in brains:
-        start = mapped(tone.curve(image, mask), image, mask)
+    for start, mask in toned:
         seen = smoothed(start, mask) if smooth else start
         found.append(bits_of_brain(flow, seen, mask, axis))
     if not np.isfinite(found).all():
