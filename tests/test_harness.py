@@ -285,3 +285,20 @@ def test_the_fine_scan_is_averaged_over_thick_slices(tmp_path):
         ramp(shapes["fine"], fine), "fine", "thick", Prep(), tmp_path / "identity.txt"
     )
     np.testing.assert_allclose(found, ramp(shapes["thick"], thick), atol=1e-3)
+
+
+def test_scans_become_volumes_in_one_place(tmp_path):
+    """Also for the commands that are no table, whose modules must at least load."""
+    from benchmarks import adaptation, neural, out_of_domain
+    from benchmarks.data import volume_of
+    from bids_harmony.bids.scan import Scan
+
+    assert out_of_domain.volume_of is adaptation.volume_of is volume_of
+    assert neural.preprocessed is out_of_domain.preprocessed
+    scan = Scan(tmp_path / "sub-01_T1w.nii.gz", {"sub": "01"}, "T1w", site="A")
+    mask = np.zeros((4, 5, 6), bool)
+    mask[1:3] = True
+    affine = np.diag([-2.0, 1.0, 3.0, 1.0])
+    made = volume_of(scan, np.full(mask.shape, 0.5), mask, affine, "T1w")
+    assert (made.spacing, made.axes, made.site) == ((2.0, 1.0, 3.0), ("L", "A", "S"), "A")
+    assert np.array_equal(made.data, 0.5 * mask)
