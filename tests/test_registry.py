@@ -171,7 +171,7 @@ def test_what_a_method_needs_is_told_before_it_is_imported(plugin):
 def test_card_and_class_must_agree(plugin):
     card = CARD.replace('"statistical"', '"neural"') + 'presets = ["cpu"]\n'
     plugin("odd_dist", card=card)
-    with pytest.raises(UsageError, match="differ in kind, adapts or presets"):
+    with pytest.raises(UsageError, match="differ in kind, adapts, by_example or presets"):
         registry.load("fancy")
 
 

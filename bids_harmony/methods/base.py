@@ -68,6 +68,9 @@ class Volume:
         For messages, e.g. ``sub-01_T1w``.
     subject
         Label of the participant, so that training can be split by subject; empty when unknown.
+    session
+        Label of the session; scans of one subject and session show the same anatomy. Empty when
+        there is none.
     axes
         Side to which each array axis runs: R or L, A or P, S or I.
     """
@@ -79,6 +82,7 @@ class Volume:
     site: str = "n/a"
     name: str = ""
     subject: str = ""
+    session: str = ""
     axes: tuple[str, str, str] = ("R", "A", "S")
 
 
@@ -205,6 +209,9 @@ class NeuralMethod(Method):
     #: Whether `adapt` also takes `segmentation`, a `task_entropy.Segmentation` whose entropy on
     #: the harmonized slices must not rise.
     adapts_by_entropy: ClassVar[bool] = False
+    #: Whether it is trained on the scans of several sites, and then takes the wanted appearance
+    #: from examples (`towards`). Others are trained on the reference domain's scans alone.
+    by_example: ClassVar[bool] = False
 
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
@@ -216,12 +223,12 @@ class NeuralMethod(Method):
     def fit(
         cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:
-        """Train on volumes of the reference domain.
+        """Train on volumes of the reference domain; with `by_example`, on those of all sites.
 
         Raises
         ------
         ScanError
-            If a volume cannot be used, or too few subjects are left to hold one out.
+            If a volume cannot be used, or too few subjects or sites are left.
         UsageError
             If the preset is unknown.
         """
@@ -237,6 +244,23 @@ class NeuralMethod(Method):
     def scores(self) -> Mapping[str, Any]:
         """JSON-serialisable held-out scores of the training."""
         return {}
+
+    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
+        """The same networks, for the appearance of these scans; for methods with `by_example`.
+
+        What `fit` gives must go through it before it harmonizes.
+
+        Parameters
+        ----------
+        volumes
+            Scans of one site, or one scan; the contract then has their modalities.
+
+        Raises
+        ------
+        ScanError
+            If no volume can be used, or the networks do not know a modality.
+        """
+        raise TypeError(f"{self.name} does not harmonize by example")
 
     def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
         """Learn from the scans of one site; for methods with `adapts`.

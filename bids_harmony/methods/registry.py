@@ -65,6 +65,8 @@ class MethodCard:
         Whether it can learn something from the scans of a site that training has not seen.
     presets
         Sizes of network and training to choose from, the default first; for neural methods.
+    by_example
+        Whether it is trained on several sites and takes the wanted appearance from examples.
     needs
         Python modules that are not installed with bids_harmony itself.
     install
@@ -89,6 +91,7 @@ class MethodCard:
     doi: str = ""
     adapts: bool = False
     presets: tuple[str, ...] = ()
+    by_example: bool = False
     needs: tuple[str, ...] = ()
     install: str = ""
 
@@ -232,12 +235,13 @@ def load(name: str) -> type[Method]:
 
     if not (isinstance(found, type) and issubclass(found, Method)) or found.name != name:
         raise UsageError(f"{card.target} is not a harmonization method named {name!r}")
-    is_so: tuple[bool, bool, tuple[str, ...]] = (False, False, ())
+    is_so: tuple[bool, bool, bool, tuple[str, ...]] = (False, False, False, ())
     if issubclass(found, NeuralMethod):
-        is_so = (True, found.adapts, found.presets)
-    if is_so != (card.kind == "neural", card.adapts, card.presets):
+        is_so = (True, found.adapts, found.by_example, found.presets)
+    if is_so != (card.kind == "neural", card.adapts, card.by_example, card.presets):
         raise UsageError(
-            f"{card.target} and its card differ in kind, adapts or presets; repair the card"
+            f"{card.target} and its card differ in kind, adapts, by_example or presets; "
+            "repair the card"
         )
     return found
 
@@ -255,13 +259,13 @@ def _require(card: MethodCard) -> None:
 
 def methods_table() -> str:
     """Markdown table of `available`, for the documentation."""
-    names = "method, kind, modalities, sites to train, paired, labels, grid, monotone, adapts"
+    names = "method, kind, modalities, sites to train, paired, labels, grid, monotone, adapts, by example"
     head = f"| {' | '.join(names.split(', '))} |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     rows += [
         f"| `{card.name}` | {card.kind} | {', '.join(card.modalities)} | {card.sites_to_train} "
         f"| {_yes(card.paired)} | {_yes(card.labels)} | {card.grid} | {_yes(card.monotone)} "
-        f"| {_yes(card.adapts)} |"
+        f"| {_yes(card.adapts)} | {_yes(card.by_example)} |"
         for card in available().values()
     ]
     return "\n".join(rows) + "\n"

@@ -111,7 +111,7 @@ def _init_volume_wf(
         leave_out=("to_template",),
     )
     facts = {"modality": scan.suffix, "site": scan.site, "name": scan.stem}
-    facts["subject"] = scan.subject
+    facts |= {"subject": scan.subject, "session": scan.session or ""}
     store = Node(StoreVolume(out_stem=str(stem), key=key, facts=facts), name="store", mem_gb=size)
     workflow.connect([
         (preprocess_wf, store, [("outputnode.scale", "scale"),
