@@ -259,8 +259,8 @@ def _require(card: MethodCard) -> None:
 
 def methods_table() -> str:
     """Markdown table of `available`, for the documentation."""
-    names = "method, kind, modalities, sites to train, paired, labels, grid, monotone, adapts, by example"
-    head = f"| {' | '.join(names.split(', '))} |"
+    names = "method, kind, modalities, sites to train, paired, labels, grid, monotone, adapts"
+    head = f"| {' | '.join([*names.split(', '), 'by example'])} |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     rows += [
         f"| `{card.name}` | {card.kind} | {', '.join(card.modalities)} | {card.sites_to_train} "
