@@ -47,6 +47,11 @@ adapts = true
 presets = ["cpu", "paper"]
 needs = ["numpy"]
 """
+EXAMPLE_CARD = (
+    CARD.replace('"tiny"', '"example"')
+    .replace("adapts = true", "by_example = true")
+    .replace("sites_to_train = 1", "sites_to_train = 2")
+)
 
 
 def install(root: Path, card: str = CARD) -> Path:
@@ -57,9 +62,11 @@ def install(root: Path, card: str = CARD) -> Path:
     (package / "__init__.py").touch()
     shutil.copy(__file__, package / "method.py")
     (package / "tiny.toml").write_text(card)
+    (package / "example.toml").write_text(EXAMPLE_CARD)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny_plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[bids_harmony.methods]\ntiny = tiny_plugin.method:TinyNeural\n"
+        "example = tiny_plugin.method:TinyExample\n"
     )
     return root
 
@@ -168,3 +175,22 @@ class TinyNeural(NeuralMethod):
     @classmethod
     def from_state(cls, arrays, params):
         return cls(float(arrays["mean"][0]), params["preset"], params["modalities"])
+
+
+class TinyExample(TinyNeural):
+    """Gives a brain the mean of its examples."""
+
+    name = "example"
+    adapts = False
+    adapts_by_entropy = False
+    by_example = True
+
+    def towards(self, volumes, *, seed):
+        note("towards " + " ".join(v.name for v in volumes))
+        seen = sorted({v.modality for v in volumes})
+        return type(self)(mean_of(volumes), self.preset, seen)
+
+    def harmonize(self, volume, *, seed):
+        gain = self.mean / mean_of([volume])
+        data = np.where(volume.mask, np.maximum(volume.data * gain, 0), 0)
+        return Harmonized(data.astype(np.float32), {"mean": self.mean})

@@ -44,9 +44,9 @@ def checked(config: Config) -> Config:
 
 def _check_train(config: Config) -> None:
     if not config.reference:
-        raise UsageError("train needs --reference SITE (or one scan)")
-    if config.model:
-        raise UsageError("--model is read by participant; train writes one: use --name")
+        raise UsageError("train needs --reference SITE (or one participant or scan)")
+    if config.model and (config.preset or config.max_time):
+        raise UsageError("train --model takes trained networks: leave out --preset and --max-time")
     if config.reports_only or config.boilerplate_only or config.level != "full":
         raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
     if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", config.name):
@@ -79,8 +79,6 @@ def _check_participant(config: Config) -> None:
         raise UsageError(f"--adapt-scans is for --adapt site, not --adapt {config.adapt}")
     if config.adapt_segmentation and config.adapt == "none":
         raise UsageError("--adapt-segmentation is for --adapt site or scan, not --adapt none")
-    if config.model and config.reference:
-        raise UsageError("--model has a reference of its own; give --model or --reference")
     if config.level == "full":
         return
     adapting = config.adapt or config.adapt_scans or config.adapt_segmentation

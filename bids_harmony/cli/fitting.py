@@ -14,13 +14,20 @@ from bids_harmony.cli.progress import Progress
 from bids_harmony.config import ADAPT_SCANS, DEFAULT_METHOD, Config
 from bids_harmony.errors import UsageError
 from bids_harmony.methods.base import Training
-from bids_harmony.methods.bundle import is_bundle
+from bids_harmony.methods.bundle import bundle_meta, bundle_method, is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.resources import pick_device
 from bids_harmony.workflows.cohort import Outcome
+from bids_harmony.workflows.examples import bundle_towards, is_towards, name_towards
 from bids_harmony.workflows.lock import one_at_a_time
-from bids_harmony.workflows.models import bundle_name, choose_bundle, load_target
+from bids_harmony.workflows.models import (
+    bundle_name,
+    choose_bundle,
+    load_target,
+    networks_for,
+    reference_words,
+)
 from bids_harmony.workflows.settings import SegmentationFile, Target
 from bids_harmony.workflows.train import (
     Fit,
@@ -35,7 +42,10 @@ LOG = logging.getLogger("bids_harmony")
 def scans_to_learn_from(
     context: Context, method: str, reference: str, participants: Sequence[str]
 ) -> list[Scan]:
-    """Scans of the reference; what narrows a participant run does not narrow them."""
+    """Scans of the reference, or of all sites for a method that harmonizes by example.
+
+    What narrows a participant run does not narrow them.
+    """
     modalities: Sequence[str] = available()[method].modalities
     training = context.config.analysis_level == "train"
     if training:
@@ -43,7 +53,25 @@ def scans_to_learn_from(
     scans, problems = context.find(modalities, participants, plain=not training)
     for problem in problems:
         LOG.warning("left out: %s", problem.message)
-    return training_scans(scans, reference)
+    chosen = training_scans(scans, reference)
+    return _of_all_sites(method, scans) if available()[method].by_example else chosen
+
+
+def _of_all_sites(method: str, scans: Sequence[Scan]) -> list[Scan]:
+    """All scans, for a method that learns from several sites.
+
+    Raises
+    ------
+    UsageError
+        If there are too few sites.
+    """
+    sites, needed = sorted({scan.site for scan in scans}), available()[method].sites_to_train
+    if len(sites) < needed:
+        raise UsageError(
+            f"{method} learns from scans of at least {needed} sites, these are of "
+            f"{', '.join(sites)} only; check --site-from and --participant-label"
+        )
+    return list(scans)
 
 
 def training_of(context: Context, method: str) -> Training:
@@ -81,31 +109,40 @@ def fit(
         progress.close()
 
 
+def fit_towards(
+    context: Context, networks: Path, reference: str, name: str | None
+) -> tuple[Path, list[Outcome]]:
+    """Give the networks of a bundle another reference, as a bundle of its own."""
+    scans = examples_of(context, networks, reference)
+    contract = load_bundle(networks).method.contract
+    name = name or name_towards(networks, reference)
+    wanted = Fit(bundle_method(networks), name, reference, context.grid_file(contract))
+    progress = Progress(len(scans))
+    try:
+        return bundle_towards(networks, scans, wanted, context.job(contract.grid), progress)
+    finally:
+        progress.close()
+
+
+def examples_of(context: Context, networks: Path, reference: str) -> list[Scan]:
+    """Scans whose appearance the networks of a bundle are to give."""
+    modalities = sorted(bundle_meta(networks)["training_scans"])
+    scans, problems = context.find(modalities, (), plain=True)
+    for problem in problems:
+        LOG.warning("left out: %s", problem.message)
+    return training_scans(scans, reference)
+
+
 def target_of(context: Context) -> Target | None:
     """The model of a participant run; a reference that was never fitted is fitted first.
 
     None in a dry run that would fit it.
     """
     config = context.config
-    if config.reference:
-        method = config.method or DEFAULT_METHOD
-        name = bundle_name(method, config.reference)
-        fitted = is_bundle(config.out_dir / "models" / name)
-        _segmentation(config, method)
-        if config.dry_run and not fitted:
-            load_method(method)
-            scans = scans_to_learn_from(context, method, config.reference, ())
-            print(f"would first fit {method} on {len(scans)} scan(s) of {config.reference}")
-            return None
-        if not fitted and (config.reports_only or config.boilerplate_only):
-            raise UsageError(f"{name} was never fitted; run participant or train first")
-        with nullcontext() if fitted else one_at_a_time(config.out_dir / "models"):
-            if not is_bundle(config.out_dir / "models" / name):
-                print(f"fitting {method} on {config.reference} first (train level)")
-                fit(context, method, config.reference, name, ())
-    folder, why = choose_bundle(
-        config.out_dir, method=config.method, model=config.model, reference=config.reference
-    )
+    chosen = _bundle_of(context)
+    if chosen is None:
+        return None
+    folder, why = chosen
     target = load_target(
         folder, why, method=config.method, device=config.device, adapt=config.adapt
     )
@@ -117,6 +154,65 @@ def target_of(context: Context) -> Target | None:
         segmentation=segmentation,
         adapt_scans=config.adapt_scans or ADAPT_SCANS,
     )
+
+
+def _bundle_of(context: Context) -> tuple[Path, str] | None:
+    """The bundle of a participant run, fitted first if need be, and why it is this one."""
+    config = context.config
+    if not config.reference:
+        return choose_bundle(
+            config.out_dir, method=config.method, model=config.model, reference=None
+        )
+    networks = networks_for(
+        config.out_dir, method=config.method, model=config.model, reference=config.reference
+    )
+    if networks is None:
+        return _fitted(context, config.reference)
+    if bundle_meta(networks).get("reference") == reference_words(config.reference):
+        return networks, f"trained for {config.reference} as --reference asks"
+    return _towards(context, networks, config.reference)
+
+
+def _fitted(context: Context, reference: str) -> tuple[Path, str] | None:
+    """The bundle of a reference; fitted now if it never was."""
+    config, method = context.config, context.config.method or DEFAULT_METHOD
+    name = bundle_name(method, reference)
+    fitted = is_bundle(config.out_dir / "models" / name)
+    _segmentation(config, method)
+    if config.dry_run and not fitted:
+        load_method(method)
+        scans = scans_to_learn_from(context, method, reference, ())
+        print(f"would first fit {method} on {len(scans)} scan(s) of {reference}")
+        return None
+    _refuse_to_fit(config, name, fitted)
+    with nullcontext() if fitted else one_at_a_time(config.out_dir / "models"):
+        if not is_bundle(config.out_dir / "models" / name):
+            print(f"fitting {method} on {reference} first (train level)")
+            fit(context, method, reference, name, ())
+    return choose_bundle(config.out_dir, method=config.method, model=None, reference=reference)
+
+
+def _towards(context: Context, networks: Path, reference: str) -> tuple[Path, str] | None:
+    """The bundle with the networks of another and this reference; made now if it is not there."""
+    config = context.config
+    folder = config.out_dir / "models" / name_towards(networks, reference)
+    there = is_towards(folder, networks)
+    if config.dry_run and not there:
+        scans = examples_of(context, networks, reference)
+        print(f"would first give {networks.name} the appearance of {len(scans)} scan(s) "
+              f"of {reference}")  # fmt: skip
+        return None
+    _refuse_to_fit(config, folder.name, there)
+    with nullcontext() if there else one_at_a_time(config.out_dir / "models"):
+        if not is_towards(folder, networks):
+            print(f"giving {networks.name} the appearance of {reference} first (train level)")
+            fit_towards(context, networks, reference, folder.name)
+    return folder, f"networks of {networks.name}, appearance of {reference} as --reference asks"
+
+
+def _refuse_to_fit(config: Config, name: str, fitted: bool) -> None:
+    if not fitted and (config.reports_only or config.boilerplate_only):
+        raise UsageError(f"{name} was never fitted; run participant or train first")
 
 
 def _segmentation(config: Config, method: str) -> SegmentationFile | None:

@@ -9,7 +9,14 @@ from dataclasses import replace
 from bids_harmony.bids.find import check_dataset
 from bids_harmony.bids.scan import MODALITIES, Scan, ScanProblem
 from bids_harmony.cli.context import Context
-from bids_harmony.cli.fitting import fit, scans_to_learn_from, target_of, training_of
+from bids_harmony.cli.fitting import (
+    examples_of,
+    fit,
+    fit_towards,
+    scans_to_learn_from,
+    target_of,
+    training_of,
+)
 from bids_harmony.cli.outputs import (
     claim_desc,
     prepare_out_dir,
@@ -30,6 +37,7 @@ from bids_harmony.workflows.adapt import (
     stored_for,
 )
 from bids_harmony.workflows.cohort import Outcome
+from bids_harmony.workflows.models import networks_for
 from bids_harmony.workflows.participant import harmonize_scans, split_done
 from bids_harmony.workflows.settings import Job, Target
 
@@ -62,6 +70,8 @@ def run_level(config: Config) -> ExitCode:
 def _train(context: Context) -> ExitCode:
     """Fit a method on the reference and write its bundle."""
     config = context.config
+    if config.model:
+        return _train_towards(context)
     method, reference = config.method or DEFAULT_METHOD, str(config.reference)
     if config.dry_run:
         load_method(method)
@@ -73,6 +83,26 @@ def _train(context: Context) -> ExitCode:
     write_root(config, {})
     write_logs(config, context.uuid, None)
     folder, outcomes = fit(context, method, reference, config.name, config.participant_label)
+    print(f"model bundle: {folder}")
+    write_logs(config, context.uuid, outcomes)
+    return _exit_code(outcomes)
+
+
+def _train_towards(context: Context) -> ExitCode:
+    """Give the networks of a model another reference."""
+    config, reference = context.config, str(context.config.reference)
+    networks = networks_for(
+        config.out_dir, method=config.method, model=config.model, reference=reference
+    )
+    if networks is None:
+        raise AssertionError("a model that was named is there or refused")
+    if config.dry_run:
+        scans = examples_of(context, networks, reference)
+        print(f"would give {networks.name} the appearance of {reference}")
+        return _show([_planned(s, "to take the appearance of") for s in scans])
+    write_root(config, {})
+    write_logs(config, context.uuid, None)
+    folder, outcomes = fit_towards(context, networks, reference, config.name)
     print(f"model bundle: {folder}")
     write_logs(config, context.uuid, outcomes)
     return _exit_code(outcomes)

@@ -176,6 +176,17 @@ def bundle_method(folder: Path) -> str:
     return str(_parse(folder / MODEL, _read(folder / MODEL))["method"])
 
 
+def bundle_meta(folder: Path) -> dict[str, Any]:
+    """What `save_bundle` was told of a bundle, without loading its method.
+
+    Raises
+    ------
+    MissingInputError, UsageError
+        As `load_bundle`.
+    """
+    return dict(_parse(folder / MODEL, _read(folder / MODEL))["meta"])
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether the folder looks like a bundle (has both data files)."""
     return (folder / MODEL).is_file() and (folder / WEIGHTS).is_file()

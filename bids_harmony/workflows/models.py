@@ -10,7 +10,7 @@ from pathlib import Path
 from bids_harmony.config import DEFAULT_ADAPT, DEFAULT_METHOD, DEFAULT_TEMPLATE
 from bids_harmony.errors import MissingInputError, UsageError
 from bids_harmony.methods.base import NATIVE_GRID
-from bids_harmony.methods.bundle import bundle_method, is_bundle, load_bundle
+from bids_harmony.methods.bundle import bundle_meta, bundle_method, is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 from bids_harmony.resources import pick_device
 from bids_harmony.workflows.settings import Target
@@ -32,6 +32,46 @@ def bundle_name(method: str, reference: str) -> str:
 def reference_words(reference: str) -> str:
     """The reference as bundles name it: the site's label, or the file name of a scan."""
     return Path(reference).name.split(".")[0] if Path(reference).is_file() else reference
+
+
+def networks_for(
+    out_dir: Path, *, method: str | None, model: str | None, reference: str
+) -> Path | None:
+    """Bundle whose networks serve for a reference, for methods that harmonize by example.
+
+    Returns
+    -------
+    folder
+        The model that was named; else the bundle trained for this reference; else the only
+        trained one. None if there is none yet, or the method does not harmonize by example.
+
+    Raises
+    ------
+    MissingInputError
+        If the model that was named does not exist.
+    UsageError
+        If the model that was named has a reference of its own, or several bundles would do.
+    """
+    if model is not None:
+        folder = _named(model, out_dir)
+        held = bundle_method(folder)
+        if method not in (None, held):
+            raise UsageError(f"--method {method}, but the bundle {folder} holds {held}")
+        if held not in available() or not available()[held].by_example:
+            raise UsageError("--model has a reference of its own; give --model or --reference")
+        return folder
+    if not available()[method or DEFAULT_METHOD].by_example:
+        return None
+    folders = [f for f in _bundles(out_dir / "models") if bundle_method(f) == method]
+    trained = [f for f in folders if "networks" not in bundle_meta(f)]
+    named = [f for f in trained if f.name == bundle_name(str(method), reference)]
+    if len(named or trained) > 1:
+        names = ", ".join(f.name for f in trained)
+        raise UsageError(
+            f"{out_dir / 'models'} holds several trained bundles of {method} ({names}); choose "
+            "one with --model"
+        )
+    return next(iter(named or trained), None)
 
 
 def choose_bundle(

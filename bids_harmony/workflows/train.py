@@ -1,4 +1,4 @@
-"""The train level: preprocess the reference site's scans, fit a method, write the bundle."""
+"""The train level: preprocess scans, fit a method, write the bundle."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Fit:
     method, name
         Of the method and of the bundle.
     reference
-        Site or scan, as the user named it.
+        Site, participant or scan, as the user named it.
     grid_file
         Template image on the contract's grid; None on the native grid.
     training
@@ -62,20 +62,24 @@ def contract_while_fitting(kind: type[Method], modalities: Sequence[str], preset
 
 
 def training_scans(scans: Sequence[Scan], reference: str) -> list[Scan]:
-    """Scans of the reference: all of a site, or the one file that was named.
+    """Scans of the reference: all of a site or a participant, or the one file that was named.
 
     Raises
     ------
     NothingSelectedError
-        If neither a site nor a scan of the data set has this name.
+        If neither a site, a participant nor a scan of the data set has this name.
     """
-    path = Path(reference).absolute()
-    chosen = [s for s in scans if s.site == reference] or [s for s in scans if s.path == path]
+    path, subject = Path(reference).absolute(), reference.removeprefix("sub-")
+    chosen = (
+        [s for s in scans if s.site == reference]
+        or [s for s in scans if s.path == path]
+        or [s for s in scans if s.subject == subject]
+    )
     if not chosen:
         sites = ", ".join(sorted({s.site for s in scans}))
         raise NothingSelectedError(
-            f"--reference {reference}: no scan of this site, nor is it a scan of the data set; "
-            f"its sites are {sites}"
+            f"--reference {reference}: no scan of this site or participant, nor is it a scan of "
+            f"the data set; its sites are {sites}"
         )
     return chosen
 
@@ -83,9 +87,14 @@ def training_scans(scans: Sequence[Scan], reference: str) -> list[Scan]:
 def fit_reference(
     scans: Sequence[Scan], fit: Fit, job: Job, on_outcome: Callable[[Outcome], None]
 ) -> tuple[Path, list[Outcome]]:
-    """Fit a method on scans of the reference domain and write its bundle below OUT_DIR/models.
+    """Fit a method and write its bundle below OUT_DIR/models.
 
     Scans that cannot be used are left out and told; concurrent jobs write the same bundle.
+
+    Parameters
+    ----------
+    scans
+        Of the reference domain; for methods that harmonize by example, of all sites.
 
     Returns
     -------
@@ -101,12 +110,8 @@ def fit_reference(
     modalities = sorted({s.suffix for s in scans})
     contract = contract_while_fitting(kind, modalities, fit.training.preset)
     stems, outcomes = store_volumes(scans, contract, fit.grid_file, job, on_outcome)
-    if not stems:
-        raise UsageError(
-            f"--reference {fit.reference}: none of its {len(scans)} scans can be used"
-        )
-    volumes = StoredVolumes(stems)
-    meta = _meta(volumes, fit, job.prep)
+    volumes, wanted = StoredVolumes(stems), reference_volumes(scans, stems, fit.reference)
+    meta = {**reference_meta(wanted, fit, job.prep), **_seen(volumes, job.prep)}
     folder = job.place.out_dir / "models" / fit.name
     if not issubclass(kind, NeuralMethod):
         return save_bundle(folder, kind.fit(volumes, seed=job.prep.seed), meta=meta), outcomes
@@ -115,12 +120,33 @@ def fit_reference(
         scratch.mkdir(parents=True, exist_ok=True)
         training = replace(fit.training, folder=scratch)
         model = _train(kind, volumes, job.prep.seed, training)
+        files = model.files()
+        if kind.by_example:
+            model = model.towards(wanted, seed=job.prep.seed)
         meta["scores"] |= model.scores()
         meta["training"] = {"preset": training.preset, "device": training.device}
-        save_bundle(folder, model, meta=meta, files=model.files())
+        save_bundle(folder, model, meta=meta, files=files)
         if job.clean:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder, outcomes
+
+
+def reference_volumes(
+    scans: Sequence[Scan], stems: Sequence[Path], reference: str
+) -> StoredVolumes:
+    """Of all stored volumes, those of the reference.
+
+    Raises
+    ------
+    UsageError
+        If none of the reference's scans could be used.
+    """
+    chosen = training_scans(scans, reference)
+    names = {scan.stem for scan in chosen}
+    wanted = [stem for stem in stems if stem.name in names]
+    if not wanted:
+        raise UsageError(f"--reference {reference}: none of its {len(chosen)} scans can be used")
+    return StoredVolumes(wanted)
 
 
 def _train(
@@ -151,8 +177,8 @@ def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing) -> str:
     return f"{fit.method}-{digest}"
 
 
-def _meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dict[str, Any]:
-    """What the bundle says of itself, and the reference domain's scale and quantiles."""
+def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dict[str, Any]:
+    """What the bundle says of its reference domain: name, scale and quantiles."""
     probability = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     curves: dict[str, list[Any]] = {}
     scales: dict[str, list[IntensityScale]] = {}
@@ -168,12 +194,21 @@ def _meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dict[str, An
     return {
         "name": fit.name,
         "reference": reference_words(fit.reference),
-        "training_sites": sorted({f["site"] for f in volumes.facts}),
-        "training_subjects": sorted({f["subject"] for f in volumes.facts}),
-        "training_scans": {m: len(c) for m, c in curves.items()},
-        "seed": prep.seed,
         "preprocessing": prep.fingerprint,
         "scores": {"mean Wasserstein distance of a training scan to their mean": spread},
         "output_scale": {m: median_scale(s).to_dict() for m, s in scales.items()},
         "reference_quantiles": {m: np.round(q, 6).tolist() for m, q in means.items()},
+    }
+
+
+def _seen(volumes: StoredVolumes, prep: Preprocessing) -> dict[str, Any]:
+    """What the bundle says of its training."""
+    count: dict[str, int] = {}
+    for facts in volumes.facts:
+        count[facts["modality"]] = count.get(facts["modality"], 0) + 1
+    return {
+        "training_sites": sorted({f["site"] for f in volumes.facts}),
+        "training_subjects": sorted({f["subject"] for f in volumes.facts}),
+        "training_scans": count,
+        "seed": prep.seed,
     }

@@ -1,0 +1,129 @@
+"""Methods that harmonize by example: trained on all sites, the reference chosen at run time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import call, quick
+from test_neural import log, plugin  # noqa: F401 - fixtures
+
+from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.methods.bundle import load_bundle
+
+ALL = ["fit cpu None cpu 1", *(f"step {n}" for n in range(1, 6))]
+
+
+def run(tiny, transforms, work, out, level, *options):
+    return call(tiny.root, out, level, *options, *quick(work, transforms))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny, transforms, plugin):  # noqa: F811
+    """Out and work folder with a bundle that was trained for site A."""
+    folder = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINY_LOG", str(folder / "log"))
+        ran = run(tiny, transforms, folder / "work", folder / "out", "train",
+                  "--method", "example", "--reference", "A")  # fmt: skip
+    assert ran.code == 0, ran.out + ran.err
+    return folder
+
+
+def brain_mean(trained, sub, desc):
+    anat = trained / "out" / f"sub-{sub}" / "anat"
+    data = load(anat / f"sub-{sub}_desc-{desc}_T1w.nii.gz")[0]
+    return data[load_mask(anat / f"sub-{sub}_desc-brain_mask.nii.gz")].mean()
+
+
+def test_networks_learn_from_all_sites_and_the_bundle_has_one_reference(trained):
+    lines = (trained / "log").read_text().splitlines()
+    assert lines[:-1] == ALL
+    meta = load_bundle(trained / "out" / "models" / "example-A").meta
+    assert meta["training_sites"] == ["A", "B"]
+    assert meta["reference"] == "A"
+    examples = lines[-1].split()[1:]
+    assert 0 < len(examples) < meta["training_scans"]["T1w"]
+
+
+def test_another_reference_at_run_time_trains_nothing(tiny, transforms, trained, log):  # noqa: F811
+    for label, reference in (("toA", "A"), ("toB", "B"), ("toB", "B")):
+        options = ["--method", "example", "--reference", reference, "--desc", label]
+        ran = run(tiny, transforms, trained / "work", trained / "out", "participant",
+                  "--participant-label", "01", *options)  # fmt: skip
+        assert ran.code == 0, ran.out + ran.err
+    made = log()
+    assert [line.split()[0] for line in made] == ["towards"]
+    bundles = {
+        n: load_bundle(trained / "out" / "models" / n) for n in ("example-A", "example-A-as-B")
+    }
+    for (name, bundle), label in zip(bundles.items(), ("toA", "toB"), strict=True):
+        scale = bundle.output_scale["T1w"]
+        wanted = scale.low + bundle.method.mean * (scale.high - scale.low)
+        assert brain_mean(trained, "01", label) == pytest.approx(wanted, rel=0.05), (
+            name
+        )  # other grid
+    assert bundles["example-A-as-B"].meta["networks"]["hash"] == bundles["example-A"].hash
+    record = json.loads(
+        (trained / "out" / "sub-01" / "anat" / "sub-01_desc-toB_T1w.json").read_text()
+    )["Harmonization"]
+    assert record["Reference"] == "B"
+    assert record["ModelName"] == "example-A-as-B"
+
+
+def test_a_participant_or_a_scan_can_be_the_reference(tiny, transforms, trained, log):  # noqa: F811
+    scan = next(tiny.root.glob("sub-02/anat/*_T1w.nii.gz"))
+    for reference, name in (("sub-02", "example-A-as-sub-02"), (str(scan), None)):
+        ran = run(tiny, transforms, trained / "work", trained / "out", "train",
+                  "--model", "example-A", "--reference", reference)  # fmt: skip
+        assert ran.code == 0, ran.out + ran.err
+        assert name is None or (trained / "out" / "models" / name / "model.json").is_file()
+    assert log() == ["towards sub-02_T1w"] * 2
+
+
+def test_networks_that_were_trained_anew_get_the_reference_anew(
+    tiny, transforms, trained, log, tmp_path  # noqa: F811
+):  # fmt: skip
+    options = ["--method", "example", "--participant-label", "01"]
+    work, out = trained / "work", tmp_path / "out"
+    for seed in ("1", "2"):
+        more = ["--reference", "A", "--random-seed", seed, "--name", "mine"]
+        assert run(tiny, transforms, work, out, "train", "--method", "example", *more).code == 0
+        ran = run(tiny, transforms, work, out, "participant", *options, "--reference", "B",
+                  "--desc", f"s{seed}")  # fmt: skip
+        assert ran.code == 0, ran.out + ran.err
+        networks = load_bundle(out / "models" / "mine-as-B").meta["networks"]
+        assert networks == {"name": "mine", "hash": load_bundle(out / "models" / "mine").hash}
+
+
+def test_dry_run_says_what_it_would_do(tiny, transforms, trained, log, tmp_path):  # noqa: F811
+    options = ["--method", "example", "--reference", "B", "--dry-run"]
+    ran = run(tiny, transforms, trained / "work", tmp_path / "out", "participant", *options)
+    assert ran.code == 0, ran.err
+    assert "would first fit example" in ran.out
+    ran = run(tiny, transforms, trained / "work", trained / "out", "train",
+              "--model", "example-A", "--reference", "sub-01", "--dry-run")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "would give example-A the appearance of sub-01" in ran.out
+    assert not log()
+
+
+def test_refusals_in_words(tiny, transforms, trained, log, tmp_path):  # noqa: F811
+    work, out = trained / "work", tmp_path / "out"
+    nyul = ["train", "--method", "nyul", "--reference", "A"]
+    assert run(tiny, transforms, work, out, *nyul).code == 0
+    for argv, told in (
+        (["train", "--model", "nyul-A", "--reference", "B"], "has a reference of its own"),
+        (["participant", "--model", "nyul-A", "--reference", "B"], "has a reference of its own"),
+        (["train", "--model", "none", "--reference", "B"], "no bundle in"),
+        (["train", "--model", "none", "--reference", "B", "--preset", "cpu", "--method",
+          "example"], "leave out --preset"),
+        (["train", "--method", "example", "--reference", "A", "--participant-label", "01"],
+         "at least 2 sites"),
+        (["train", "--method", "example", "--reference", "Q"], "no scan of this site"),
+    ):  # fmt: skip
+        ran = run(tiny, transforms, work, out, *argv)
+        assert ran.code in (18, 64, 66), (argv, ran.out, ran.err)
+        assert told in ran.err, ran.err
+        assert "Traceback" not in ran.err
+    assert not log()
