@@ -29,7 +29,7 @@ def test_unknown_level(tiny, tmp_path):
         (["--desc", "a_b"], "only letters, digits and +"),
         (["--desc", "é"], "only letters, digits and +"),
         (["--name", "x"], "--name is for train"),
-        (["--model", "x", "--reference", "A"], "give --model or --reference"),
+        (["--model", "nyul-A", "--reference", "A"], "give --model or --reference"),
         (["--level", "minimal", "--method", "nyul"], "--level minimal harmonizes nothing"),
         (["--level", "minimal", "--reports-only"], "--level minimal writes no report"),
         (["--participant-label", "01", "99"], "sub-99 not in"),
@@ -60,7 +60,7 @@ def test_usage_errors(tiny, bundle, tmp_path, options, told):
     ("options", "told"),
     [
         ([], "train needs --reference SITE"),
-        (["--reference", "A", "--model", "x"], "use --name"),
+        (["--reference", "A", "--model", "x", "--preset", "cpu"], "leave out --preset"),
         (["--reference", "A", "--name", "../x"], "--name '../x'"),
         (["--reference", "A", "--reports-only"], "are for participant"),
         (["--reference", "A", "--level", "minimal"], "are for participant"),

@@ -161,13 +161,14 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
         group,
         "--model",
         metavar="NAME|DIR",
-        help="model bundle: a name below OUT/models or shipped with the package, or a folder",
+        help="model bundle: a name below OUT/models or shipped with the package, or a folder; with "
+        "--reference, for methods that harmonize by example: its networks, another appearance",
     )
     _option(
         group,
         "--reference",
-        metavar="SITE|FILE",
-        help="site of this data set (or one scan) whose appearance is wanted",
+        metavar="SITE|LABEL|FILE",
+        help="site of this data set (or one participant or scan) whose appearance is wanted",
     )
     _option(group, "--name", help="train: name of the model bundle (default METHOD-REFERENCE)")
     presets = dict.fromkeys(PRESETS)
