@@ -41,6 +41,7 @@ class Config:
     name: str | None = None
     preset: str | None = None
     max_time: int | None = None
+    adapt_to: str | None = None
     adapt: str | None = None
     adapt_scans: int | None = None
     adapt_segmentation: Path | None = None

@@ -81,6 +81,37 @@ def test_a_participant_or_a_scan_can_be_the_reference(tiny, transforms, trained,
     assert log() == ["towards sub-02_T1w"] * 2
 
 
+def test_a_new_site_is_learned_and_the_reference_stays(
+    tiny, transforms, trained, log, monkeypatch  # noqa: F811
+):  # fmt: skip
+    options = ["--model", "example-A", "--adapt-to", "B"]
+    work, out = trained / "work", trained / "out"
+    ran = run(tiny, transforms, work, out, "train", *options)
+    assert ran.code == 64
+    assert "the training of example-A saw it" in ran.err
+    sites = tiny.root / "participants.tsv"
+    text = sites.read_text()
+    try:
+        sites.write_text(text.replace("\tB", "\tnew"))
+        ran = run(
+            tiny, transforms, work, out, "train", "--model", "example-A", "--adapt-to", "new"
+        )
+    finally:
+        sites.write_text(text)
+    assert ran.code == 0, ran.out + ran.err
+    (line,) = log()
+    assert line.startswith("fine_tuned ")
+    made, before = (
+        load_bundle(out / "models" / n) for n in ("example-A-adapted-to-new", "example-A")
+    )
+    assert made.meta["reference"] == "A"
+    assert made.meta["fine_tuned"]["site"] == "new"
+    assert made.output_scale == before.output_scale
+    assert made.method.mean == before.method.mean
+    assert made.method.tuned
+    assert not before.method.tuned
+
+
 def test_networks_that_were_trained_anew_get_the_reference_anew(
     tiny, transforms, trained, log, tmp_path  # noqa: F811
 ):  # fmt: skip
@@ -104,7 +135,7 @@ def test_dry_run_says_what_it_would_do(tiny, transforms, trained, log, tmp_path)
     ran = run(tiny, transforms, trained / "work", trained / "out", "train",
               "--model", "example-A", "--reference", "sub-01", "--dry-run")  # fmt: skip
     assert ran.code == 0, ran.err
-    assert "would give example-A the appearance of sub-01" in ran.out
+    assert "networks of example-A and take the appearance of sub-01" in ran.out
     assert not log()
 
 
@@ -116,6 +147,8 @@ def test_refusals_in_words(tiny, transforms, trained, log, tmp_path):  # noqa: F
         (["train", "--model", "nyul-A", "--reference", "B"], "has a reference of its own"),
         (["participant", "--model", "nyul-A", "--reference", "B"], "has a reference of its own"),
         (["train", "--model", "none", "--reference", "B"], "no bundle in"),
+        (["train", "--model", "nyul-A", "--adapt-to", "B"], "cannot learn a new site"),
+        (["train", "--adapt-to", "B"], "--adapt-to needs --model"),
         (["train", "--model", "none", "--reference", "B", "--preset", "cpu", "--method",
           "example"], "leave out --preset"),
         (["train", "--method", "example", "--reference", "A", "--participant-label", "01"],

@@ -184,13 +184,30 @@ class TinyExample(TinyNeural):
     adapts = False
     adapts_by_entropy = False
     by_example = True
+    fine_tunes = True
+    tuned = False
 
     def towards(self, volumes, *, seed):
         note("towards " + " ".join(v.name for v in volumes))
         seen = sorted({v.modality for v in volumes})
         return type(self)(mean_of(volumes), self.preset, seen)
 
+    def fine_tuned(self, volumes, *, seed, training=None):
+        note("fine_tuned " + " ".join(v.name for v in volumes))
+        made = type(self)(self.mean, self.preset, self.modalities)
+        made.tuned = True
+        return made
+
     def harmonize(self, volume, *, seed):
         gain = self.mean / mean_of([volume])
         data = np.where(volume.mask, np.maximum(volume.data * gain, 0), 0)
         return Harmonized(data.astype(np.float32), {"mean": self.mean})
+
+    def params(self):
+        return {**super().params(), "tuned": self.tuned}
+
+    @classmethod
+    def from_state(cls, arrays, params):
+        made = super().from_state(arrays, params)
+        made.tuned = params["tuned"]
+        return made

@@ -43,7 +43,9 @@ def checked(config: Config) -> Config:
 
 
 def _check_train(config: Config) -> None:
-    if not config.reference:
+    if config.adapt_to and (config.reference or not config.model):
+        raise UsageError("--adapt-to needs --model, whose reference stays: leave out --reference")
+    if not (config.reference or config.adapt_to):
         raise UsageError("train needs --reference SITE (or one participant or scan)")
     if config.model and (config.preset or config.max_time):
         raise UsageError("train --model takes trained networks: leave out --preset and --max-time")
@@ -73,8 +75,8 @@ def _check_training(config: Config) -> None:
 def _check_participant(config: Config) -> None:
     if config.name:
         raise UsageError("--name is for train; participant takes --model")
-    if config.preset or config.max_time:
-        raise UsageError("--preset and --max-time are for train")
+    if config.preset or config.max_time or config.adapt_to:
+        raise UsageError("--preset, --max-time and --adapt-to are for train")
     if config.adapt_scans and config.adapt in ("scan", "none"):
         raise UsageError(f"--adapt-scans is for --adapt site, not --adapt {config.adapt}")
     if config.adapt_segmentation and config.adapt == "none":

@@ -19,7 +19,13 @@ from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.resources import pick_device
 from bids_harmony.workflows.cohort import Outcome
-from bids_harmony.workflows.examples import bundle_towards, is_towards, name_towards
+from bids_harmony.workflows.examples import (
+    bundle_fine_tuned,
+    bundle_towards,
+    is_towards,
+    name_adapted,
+    name_towards,
+)
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.models import (
     bundle_name,
@@ -109,17 +115,29 @@ def fit(
         progress.close()
 
 
-def fit_towards(
+def fit_further(
     context: Context, networks: Path, reference: str, name: str | None
 ) -> tuple[Path, list[Outcome]]:
-    """Give the networks of a bundle another reference, as a bundle of its own."""
+    """A bundle from the networks of another: for another reference, or with a new site learned.
+
+    The latter with ``--adapt-to``; `reference` is then the new site.
+    """
+    make, named = bundle_towards, name_towards
+    if context.config.adapt_to:
+        make, named = bundle_fine_tuned, name_adapted
+    method = bundle_method(networks)
     scans = examples_of(context, networks, reference)
     contract = load_bundle(networks).method.contract
-    name = name or name_towards(networks, reference)
-    wanted = Fit(bundle_method(networks), name, reference, context.grid_file(contract))
+    wanted = Fit(
+        method,
+        name or named(networks, reference),
+        reference,
+        context.grid_file(contract),
+        training_of(context, method),
+    )
     progress = Progress(len(scans))
     try:
-        return bundle_towards(networks, scans, wanted, context.job(contract.grid), progress)
+        return make(networks, scans, wanted, context.job(contract.grid), progress)
     finally:
         progress.close()
 
@@ -206,7 +224,7 @@ def _towards(context: Context, networks: Path, reference: str) -> tuple[Path, st
     with nullcontext() if there else one_at_a_time(config.out_dir / "models"):
         if not is_towards(folder, networks):
             print(f"giving {networks.name} the appearance of {reference} first (train level)")
-            fit_towards(context, networks, reference, folder.name)
+            fit_further(context, networks, reference, folder.name)
     return folder, f"networks of {networks.name}, appearance of {reference} as --reference asks"
 
 

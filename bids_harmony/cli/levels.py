@@ -12,7 +12,7 @@ from bids_harmony.cli.context import Context
 from bids_harmony.cli.fitting import (
     examples_of,
     fit,
-    fit_towards,
+    fit_further,
     scans_to_learn_from,
     target_of,
     training_of,
@@ -37,7 +37,7 @@ from bids_harmony.workflows.adapt import (
     stored_for,
 )
 from bids_harmony.workflows.cohort import Outcome
-from bids_harmony.workflows.models import networks_for
+from bids_harmony.workflows.models import named_bundle
 from bids_harmony.workflows.participant import harmonize_scans, split_done
 from bids_harmony.workflows.settings import Job, Target
 
@@ -71,7 +71,7 @@ def _train(context: Context) -> ExitCode:
     """Fit a method on the reference and write its bundle."""
     config = context.config
     if config.model:
-        return _train_towards(context)
+        return _train_further(context, config.model)
     method, reference = config.method or DEFAULT_METHOD, str(config.reference)
     if config.dry_run:
         load_method(method)
@@ -88,21 +88,19 @@ def _train(context: Context) -> ExitCode:
     return _exit_code(outcomes)
 
 
-def _train_towards(context: Context) -> ExitCode:
-    """Give the networks of a model another reference."""
-    config, reference = context.config, str(context.config.reference)
-    networks = networks_for(
-        config.out_dir, method=config.method, model=config.model, reference=reference
-    )
-    if networks is None:
-        raise AssertionError("a model that was named is there or refused")
+def _train_further(context: Context, model: str) -> ExitCode:
+    """Give the networks of a model another reference, or let them learn a new site."""
+    config = context.config
+    reference = str(config.adapt_to or config.reference)
+    networks = named_bundle(config.out_dir, method=config.method, model=model)
     if config.dry_run:
         scans = examples_of(context, networks, reference)
-        print(f"would give {networks.name} the appearance of {reference}")
-        return _show([_planned(s, "to take the appearance of") for s in scans])
+        what = "adapt it to" if config.adapt_to else "take the appearance of"
+        print(f"would take the networks of {networks.name} and {what} {reference}")
+        return _show([_planned(s, "to learn from") for s in scans])
     write_root(config, {})
     write_logs(config, context.uuid, None)
-    folder, outcomes = fit_towards(context, networks, reference, config.name)
+    folder, outcomes = fit_further(context, networks, reference, config.name)
     print(f"model bundle: {folder}")
     write_logs(config, context.uuid, outcomes)
     return _exit_code(outcomes)

@@ -161,8 +161,8 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
         group,
         "--model",
         metavar="NAME|DIR",
-        help="model bundle: a name below OUT/models or shipped with the package, or a folder; with "
-        "--reference, for methods that harmonize by example: its networks, another appearance",
+        help="model bundle: a name below OUT/models or shipped with the package, or a folder; "
+        "with --reference (methods by example) its networks, for another appearance",
     )
     _option(
         group,
@@ -185,6 +185,13 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="MINUTES",
         help="train, neural methods: stop the training after this time and keep the best state",
+    )
+    _option(
+        group,
+        "--adapt-to",
+        metavar="SITE",
+        help="train, with --model: train its networks on with the scans of a new site, where the "
+        "method can (calamiti); its reference stays",
     )
     _option(
         group,

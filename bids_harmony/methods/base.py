@@ -212,6 +212,8 @@ class NeuralMethod(Method):
     #: Whether it is trained on the scans of several sites, and then takes the wanted appearance
     #: from examples (`towards`). Others are trained on the reference domain's scans alone.
     by_example: ClassVar[bool] = False
+    #: Whether `fine_tuned` goes on training with the scans of a new site.
+    fine_tunes: ClassVar[bool] = False
 
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
@@ -261,6 +263,20 @@ class NeuralMethod(Method):
             If no volume can be used, or the networks do not know a modality.
         """
         raise TypeError(f"{self.name} does not harmonize by example")
+
+    def fine_tuned(
+        self, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """The networks, trained on with scans of one new site; for methods with `fine_tunes`.
+
+        The wanted appearance stays. The method itself is left as it is.
+
+        Raises
+        ------
+        ScanError
+            If the volumes cannot be learned from.
+        """
+        raise TypeError(f"{self.name} cannot be trained on")
 
     def adapt(self, volumes: Sequence[Volume], *, seed: int) -> Adaptation:
         """Learn from the scans of one site; for methods with `adapts`.

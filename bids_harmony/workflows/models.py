@@ -34,6 +34,23 @@ def reference_words(reference: str) -> str:
     return Path(reference).name.split(".")[0] if Path(reference).is_file() else reference
 
 
+def named_bundle(out_dir: Path, *, method: str | None, model: str) -> Path:
+    """Folder of the model that was named.
+
+    Raises
+    ------
+    MissingInputError
+        If it does not exist.
+    UsageError
+        If it holds another method.
+    """
+    folder = _named(model, out_dir)
+    held = bundle_method(folder)
+    if method not in (None, held):
+        raise UsageError(f"--method {method}, but the bundle {folder} holds {held}")
+    return folder
+
+
 def networks_for(
     out_dir: Path, *, method: str | None, model: str | None, reference: str
 ) -> Path | None:
@@ -53,10 +70,8 @@ def networks_for(
         If the model that was named has a reference of its own, or several bundles would do.
     """
     if model is not None:
-        folder = _named(model, out_dir)
+        folder = named_bundle(out_dir, method=method, model=model)
         held = bundle_method(folder)
-        if method not in (None, held):
-            raise UsageError(f"--method {method}, but the bundle {folder} holds {held}")
         if held not in available() or not available()[held].by_example:
             raise UsageError("--model has a reference of its own; give --model or --reference")
         return folder
