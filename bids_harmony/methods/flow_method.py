@@ -25,8 +25,9 @@ from bids_harmony.methods.base import (
     Training,
     Volume,
 )
-from bids_harmony.methods.flow_training import Part, Preset, fit_part, on_model_grid
+from bids_harmony.methods.flow_training import Part, Preset, fit_part
 from bids_harmony.methods.likelihood import bits_of_brain, smoothed
+from bids_harmony.methods.reference_brains import on_model_grid
 from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet

@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.layout import Coarse, Layout
-from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
-from bids_harmony.imaging.quantiles import brain_values
+from bids_harmony.imaging.layout import Layout
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.guided_adaptation import goal_of
-from bids_harmony.methods.likelihood import (
-    Normal,
-    bits_of_brain,
-    normal_of,
-    smoothed,
-    usable_slices,
-)
-from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, mapped
+from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, smoothed
+from bids_harmony.methods.reference_brains import layout_of, split_by_subject
+from bids_harmony.methods.tone import Brain, Tone, fit_tone_model
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -36,7 +29,6 @@ if TYPE_CHECKING:
     from bids_harmony.methods.flow_method import FlowMethod
 
 LOG = logging.getLogger("bids_harmony")
-_HELD_OUT = 0.2
 _CHECKED = 32  # slices of the held-out score
 _NEGATIVE = 20 / 255  # least change of a negative example, Harmonizing Flows
 
@@ -160,11 +152,12 @@ def fit_part(
     ScanError
         If fewer than two subjects are left, one of which is held out.
     """
-    brains, held_out, subjects = split_by_subject(volumes, preset.resolution)
+    learn, apart = split_by_subject(volumes, preset.resolution)
+    brains, held_out = learn.brains, apart.brains
     tone, tone_scores = fit_tone_model(
         brains,
         held_out,
-        subjects=subjects,
+        subjects=learn.subjects,
         samples=preset.tone_samples,
         epochs=preset.tone_epochs,
         seed=seed,
@@ -183,37 +176,28 @@ def fit_part(
         flow, brains, held_out, preset, seed, training, method.axis, 0.8 * rest
     )
     flow.eval().requires_grad_(False)
-    toned = [
-        [(mapped(tone.curve(image, mask), image, mask), mask) for image, mask in part]
-        for part in (held_out, brains)
-    ]
-    sharp, blurred = (
-        [_bits_of(flow, part, method.axis, smooth=smooth) for part in toned]
-        for smooth in (False, True)
-    )
     files = {
         "curves.csv": curves_csv(runs),
         "training.png": training_png(runs),
         "samples.png": samples_png(flow, brains[0], method.axis, seed),
     }
+    toned = apart.toned(tone), learn.toned(tone)
+    sharp, blurred = (
+        [_bits_of(flow, part, method.axis, smooth=smooth) for part in toned]
+        for smooth in (False, True)
+    )
+    normal = _normal(*sharp)
     return Part(
-        preset.resolution, tone, flow, harmonizer, layout_of(volumes, tone, preset.resolution),
-        _normal(*sharp), _normal(*blurred),
-        goal_of(harmonizer, flow, toned[0], axis=method.axis)
-        if harmonizer else _normal(*sharp).mean,
-        _scores(tone_scores, (sharp[0], sharp[1]), runs),
-    ), files  # fmt: skip
-
-
-def layout_of(volumes: Sequence[Volume], tone: Tone, resolution: float) -> Layout:
-    """Layout of the reference brains after their tone was mapped, as any scan's is."""
-    found = []
-    for volume in volumes:
-        grid = on_model_grid(volume, resolution)
-        image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
-        start = mapped(tone.curve(image, mask), image, mask)
-        found.append(Coarse(start.numpy(), grid.mask, grid.spacing).cells())
-    return Layout.of(found)
+        resolution=preset.resolution,
+        tone=tone,
+        flow=flow,
+        harmonizer=harmonizer,
+        layout=layout_of([*toned[1], *toned[0]], [*learn.spacings, *apart.spacings]),
+        normal=normal,
+        smooth=_normal(*blurred),
+        goal=goal_of(harmonizer, flow, toned[0], axis=method.axis) if harmonizer else normal.mean,
+        scores=_scores(tone_scores, (sharp[0], sharp[1]), runs),
+    ), files
 
 
 def _normal(held_out: Sequence[float], trained: Sequence[float]) -> Normal:
@@ -241,54 +225,6 @@ def _scores(
             for name, run in runs.items()
         },
     }
-
-
-def split_by_subject(
-    volumes: Sequence[Volume], resolution: float
-) -> tuple[list[Brain], list[Brain], list[str]]:
-    """Brains on the model's grid, to learn from and held out; no subject is in both.
-
-    The labels are the subjects of the brains to learn from.
-
-    The last subjects in alphabetical order are held out: one in five, at least one.
-    """
-    subjects = sorted({v.subject or v.name for v in volumes})
-    if len(subjects) < 2:
-        raise ScanError(
-            "a neural method needs two subjects of the reference domain or more, one of which is "
-            "held out; give more scans or use a statistical method"
-        )
-    apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
-    brains: tuple[list[Brain], list[Brain]] = ([], [])
-    labels = []
-    for volume in volumes:
-        grid = on_model_grid(volume, resolution)
-        brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
-        if not all(usable_slices(brain[1], axis) for axis in range(3)):
-            raise ScanError(
-                f"{volume.name or 'scan'}: too little brain to learn from; check the brain mask"
-            )
-        label = volume.subject or volume.name
-        brains[label in apart].append(brain)
-        if label not in apart:
-            labels.append(label)
-    return *brains, labels
-
-
-def on_model_grid(volume: Volume, resolution: float) -> ModelGrid:
-    """A volume on the model's grid.
-
-    Raises
-    ------
-    ScanError
-        If the mask is empty, or the brain constant or not finite; it names the scan.
-    """
-    name, mask = volume.name or "scan", np.asarray(volume.mask, dtype=bool)
-    brain_values(volume.data, mask, name)
-    try:
-        return to_model_grid(volume.data, mask, volume.spacing, volume.axes, resolution)
-    except ScanError as error:
-        raise ScanError(f"{name}: {error}") from error
 
 
 def _share(training: Training, share: float) -> float | None:
