@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
 from bids_harmony.errors import HarmonyError  # noqa: E402
+from bids_harmony.training import fit  # noqa: E402
 from bids_harmony.training.fit import Plan, train_network  # noqa: E402
 
 TRUTH = torch.tensor([1.0, -2.0, 0.5])
@@ -258,3 +260,10 @@ def test_several_tasks_of_slurm_are_one_process(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     assert Toy().train().steps == 120
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
+def test_half_precision_is_used_where_the_processor_has_it():
+    """PyTorch says yes to processors, too, on which it imitates bfloat16 at twice the time."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert fit._fast_half("cpu") == bool({"avx512_bf16", "amx_bf16"} & set(flags))
