@@ -23,7 +23,7 @@ class Weights:
     Attributes
     ----------
     style, content, consistency
-        The paper's 100, 150 and 200 by 100: here features are divided by their usual deviation.
+        The paper's 100, 150 and 200 by 100: here features are told in their usual deviation.
     intensity
         Of the distance between the intensity distributions; not in the paper.
     """
@@ -101,23 +101,26 @@ def _style(
 ) -> Tensor:
     """Mean squared difference of means and deviations, over all places of a pair together.
 
-    Each tap counts as much as any other, however many channels it has.
+    Every tap counts alike: its error is told in its own mean squared deviation.
     """
     statistics = []
     for taps, mask in (found, goal):
         sums = [s.unflatten(0, (pairs, -1)).sum(1) for s in sums_of(taps, mask)]
         statistics.append(moments(sums))
-    errors = [((a - b) / network.usual).square() for a, b in zip(*statistics, strict=True)]
-    by_tap = (errors[0] + errors[1]).split(list(network.widths), dim=1)
-    return torch.stack([error.mean() for error in by_tap]).mean()
+    (mean, deviation), (wanted_mean, wanted_deviation) = statistics
+    errors = (mean - wanted_mean).square() + (deviation - wanted_deviation).square()
+    by_tap = zip(
+        *(v.split(list(network.widths), dim=-1) for v in (errors, network.usual)), strict=True
+    )
+    return torch.stack([error.mean() / usual.square().mean() for error, usual in by_tap]).mean()
 
 
 def _content(network: HailNetwork, found: Tensor, goal: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference over the brain, each channel in its usual deviation."""
-    usual = network.usual[-network.widths[-1] :, None, None, None]
+    """Mean squared difference over the brain, told in the tap's mean squared deviation."""
     share = share_at(mask, len(network.widths) - 1)
-    error = ((found.float() - goal.float()) / usual).square().mean(dim=1, keepdim=True)
-    return (error * share).sum() / share.sum().clamp(min=1e-6)
+    error = (found.float() - goal.float()).square().mean(dim=1, keepdim=True)
+    unit = network.usual[-network.widths[-1] :].square().mean()
+    return (error * share).sum() / share.sum().clamp(min=1e-6) / unit
 
 
 def _intensity(

@@ -220,6 +220,7 @@ def train_phases(
     """
     torch.manual_seed(seed)
     network = HailNetwork(preset.widths)
+    torch.nn.Module.to(network, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     runs = {"autoencoder": _train_autoencoder(network, scans, held_out, preset, seed, training)}
     network.encoder.requires_grad_(False)
     network.to(training.device)

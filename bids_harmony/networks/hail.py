@@ -37,6 +37,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Taps of an image (B, 1, X, Y, Z): level l has shape (B, widths[l], X/2^l, ...)."""
         taps = []
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
         for level, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             x = functional.max_pool3d(x, 2) if level else x
             x = torch.relu(second(torch.relu(first(x))))
