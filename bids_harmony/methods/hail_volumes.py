@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -21,8 +22,9 @@ from bids_harmony.networks.hail import HailNetwork, moments, quantiles_of, sums_
 Place = tuple[slice, slice, slice]
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
 
-_OVERLAP = 4  # windows share at least this part (1 / 4) of their side
-_WIDTH = 8  # deviation of the Gaussian weights: this part of a window's side
+_OVERLAP = 3 / 8  # least share of their side that neighbouring windows have in common, roughly
+_WIDTH = 1 / 8  # deviation of the Gaussian weights as a share of a window's side
+_BORDER = 8  # the outer 1 / 8 of a window has no say
 _LEAST_SHARE = 0.5  # of a cell that must be brain for its brightness to count
 
 
@@ -45,15 +47,15 @@ def windows(
 ) -> Iterator[tuple[Place, tuple[Float64Array, Float64Array, Float64Array]]]:
     """Overlapping cubes that cover a grid, and their weights along each axis.
 
-    Weights are Gaussian and add to 1 in every voxel. They are 0 nearer than `divisor` voxels to a
-    border that lies inside the grid: what was drawn there lacks surroundings.
+    Weights are Gaussian and add to 1 in every voxel. In the outer eighth of a window they are 0,
+    where its border lies inside the grid: what was drawn there lacks surroundings.
 
     Parameters
     ----------
     shape
         Of the grid, multiples of `divisor`.
     side
-        Of the cubes, a multiple of `divisor` and at least 16 times as long.
+        Of the cubes, a multiple of `divisor` and at least 8 times as long.
     divisor
         Cubes start at its multiples, so that pooling meets the same cells in all.
     """
@@ -64,9 +66,9 @@ def windows(
         weights = np.zeros((len(starts), size))
         at = np.arange(edge)
         for row, start in zip(weights, starts, strict=True):
-            bell = np.exp(-0.5 * ((at - (edge - 1) / 2) / (edge / _WIDTH)) ** 2)
-            bell[(at < divisor) & (start > 0)] = 0
-            bell[(at >= edge - divisor) & (start + edge < size)] = 0
+            bell = np.exp(-0.5 * ((at - (edge - 1) / 2) / (edge * _WIDTH)) ** 2)
+            bell[(at < edge // _BORDER) & (start > 0)] = 0
+            bell[(at >= edge - edge // _BORDER) & (start + edge < size)] = 0
             row[start : start + edge] = bell
         weights /= weights.sum(axis=0)
         axes.append([(slice(s, s + edge), w[s : s + edge]) for s, w in zip(starts, weights, strict=True)])
@@ -77,8 +79,8 @@ def windows(
 def _starts(size: int, side: int, divisor: int) -> list[int]:
     if size <= side:
         return [0]
-    step = max((side - side // _OVERLAP) // divisor * divisor, divisor)
-    return [*range(0, size - side, step), size - side]
+    steps = math.ceil((size - side) / ((1 - _OVERLAP) * side))
+    return [round(k * (size - side) / steps / divisor) * divisor for k in range(steps + 1)]
 
 
 def _padded(image: Tensor, divisor: int) -> Tensor:
