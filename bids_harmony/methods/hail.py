@@ -227,7 +227,10 @@ class Hail(NeuralMethod):
             "mean_absolute_change": round(float(change.mean()), 4),
             "largest_change_allowed": MOST_CHANGE,
             "share_at_bound": round(drawing.at_bound, 5),
-            "intensity_distance_to_examples": {"before": round(before, 4), "after": round(after, 4)},
+            "intensity_distance_to_examples": {
+                "before": round(before, 4),
+                "after": round(after, 4),
+            },
             **{name: round(value, 4) for name, value in facts.items()},
         }
         warnings = _doubts(part, facts, drawing, before, after)

@@ -31,9 +31,9 @@ class Weights:
         Of the distance between the intensity distributions; not in the paper.
     """
 
-    style: float = 20.0
+    style: float = 10.0
     content: float = 0.5
-    consistency: float = 0.5
+    consistency: float = 1.0
     intensity: float = 10.0
 
 
@@ -74,7 +74,9 @@ def transfer(
     """
     scan, inside, example, example_inside, own, wanted = batch
     pairs, places = scan.shape[:2]
-    x, mask, t, t_mask = (v.flatten(0, 1)[:, None] for v in (scan, inside, example, example_inside))
+    x, mask, t, t_mask = (
+        v.flatten(0, 1)[:, None] for v in (scan, inside, example, example_inside)
+    )
     with torch.no_grad():
         features, goals = network.encoder(x)[-1], network.encoder(t)
     own_each, wanted_each = (v.repeat_interleave(places, dim=0) for v in (own, wanted))

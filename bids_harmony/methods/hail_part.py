@@ -288,7 +288,9 @@ def _pair_scores(
     return {
         "held_out_distance_before": [round(before, 4) for before, _ in rows],
         "held_out_distance_after": [round(after, 4) for _, after in rows],
-        "held_out_distance_left": round(sum(a for _, a in rows) / sum(b for b, _ in rows), 4),
+        "held_out_distance_left": round(
+            sum(after for _, after in rows) / max(sum(before for before, _ in rows), 1e-6), 4
+        ),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def scans_of(volumes: Sequence[Volume]) -> list[Scan]:
         raise ScanError("the training scans are on grids of different shapes; give all on one")
     if len({scan.site for scan in scans}) < 2:
         raise ScanError(
-            f"hail learns from two sites or more, and all {scans[0].volume.split('_')[-1]} scans "
+            f"hail learns from two sites or more, and all {volumes[0].modality} scans "
             f"are of {scans[0].site}; give scans of another site, or use a method that is trained "
             "on one"
         )
@@ -131,14 +130,7 @@ def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
     return apart
 
 
-def pair_places(sites: Sequence[str]) -> list[tuple[int, int]]:
-    """Every ordered pair of scans of different sites, by index."""
-    return [(a, b) for a, b in permutations(range(len(sites)), 2) if sites[a] != sites[b]]
-
-
-def draw_cubes(
-    scans: Sequence[Scan], count: int, side: int, generator: torch.Generator
-) -> Cubes:
+def draw_cubes(scans: Sequence[Scan], count: int, side: int, generator: torch.Generator) -> Cubes:
     """Cubes of random scans for phase 1, every site as often as any other.
 
     Returns
@@ -216,7 +208,7 @@ def train_phases(
     Returns
     -------
     network, styles, runs
-        In eval mode on the CPU; styles of all scans by name; how the trainings went.
+        In eval mode on the training's device; styles of all scans by name; how the trainings went.
     """
     torch.manual_seed(seed)
     network = HailNetwork(preset.widths)
@@ -228,10 +220,8 @@ def train_phases(
         scan.volume: style_of(network, scan.brain, preset.window) for scan in (*scans, *held_out)
     }
     set_units(network, [styles[scan.volume] for scan in scans])
-    runs["transfer"] = _train_transfer(
-        network, scans, held_out, styles, preset, seed, training
-    )
-    network.eval().requires_grad_(False)
+    runs["transfer"] = _train_transfer(network, scans, held_out, styles, preset, seed, training)
+    network.to(training.device).eval().requires_grad_(False)
     return network, styles, runs
 
 

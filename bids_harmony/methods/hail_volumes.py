@@ -71,7 +71,9 @@ def windows(
             bell[(at >= edge - edge // _BORDER) & (start + edge < size)] = 0
             row[start : start + edge] = bell
         weights /= weights.sum(axis=0)
-        axes.append([(slice(s, s + edge), w[s : s + edge]) for s, w in zip(starts, weights, strict=True)])
+        axes.append(
+            [(slice(s, s + edge), w[s : s + edge]) for s, w in zip(starts, weights, strict=True)]
+        )
     for (x, u), (y, v), (z, w) in product(*axes):
         yield (x, y, z), (u, v, w)
 

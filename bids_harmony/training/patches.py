@@ -124,7 +124,9 @@ def dissimilarity(drawn: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return (a - b).abs().sum() / mask.sum().clamp(min=1) + lost
 
 
-def local_change(scan: Tensor, change: Tensor, mask: Tensor, *, radius: int, noise: float) -> Tensor:
+def local_change(
+    scan: Tensor, change: Tensor, mask: Tensor, *, radius: int, noise: float
+) -> Tensor:
     """`imaging.guided.guided_transfer` of a change on the scan, for a batch and with gradients.
 
     Parameters
