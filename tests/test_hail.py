@@ -1,4 +1,4 @@
-"""HAIL: its arithmetic against plain numpy, whole brains from windows, and the method's contract."""
+"""HAIL: its arithmetic against plain numpy, brains from windows, and the method's contract."""
 
 import json
 from dataclasses import replace
