@@ -41,8 +41,8 @@ _CPU = Preset(
     window=128,
     radius=2,
     noise=0.03,
-    autoencoder=Plan(1500, 2e-3, every=75, patience=8, half=False),
-    transfer=Plan(2000, 1e-3, every=100, patience=10, half=False),
+    autoencoder=Plan(1200, 2e-3, every=75, patience=8, half=False),
+    transfer=Plan(1800, 1e-3, every=100, patience=10, half=False),
 )
 _PAPER = Preset(
     resolution=1.0,

@@ -71,10 +71,12 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, difference: Tensor) -> Tensor:
         """Image (B, 1, X, Y, Z) from deepest features and difference of styles (B, style)."""
+        # many numbers that turn together: unscaled, one step of the optimizer would be too long
+        told = difference / difference.shape[1] ** 0.5
         for first, second, turn in zip(self.first, self.second, self.turn, strict=True):
             x = torch.relu(first(x))
             x = functional.interpolate(x, scale_factor=2, mode="nearest-exact")
-            scale, shift = turn(difference)[:, :, None, None, None].chunk(2, dim=1)
+            scale, shift = turn(told)[:, :, None, None, None].chunk(2, dim=1)
             x = torch.relu(second(x) * (1 + scale) + shift)
         out: Tensor = self.last(x)
         return out
