@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.networks.flow import Flow
@@ -62,6 +64,19 @@ def samples_png(flow: Flow, brain: tuple[Tensor, Tensor], axis: int, seed: int) 
             )
             axes[row, column].set_axis_off()
     figure.suptitle("training slices (top), drawn from the flow (bottom)", fontsize=9)
+    return _png(figure)
+
+
+def brains_png(brains: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """The middle slices across all three axes of each brain (R, A, S), titles on the left."""
+    figure = Figure(figsize=(6, 2 * len(brains)), layout="constrained")
+    axes = figure.subplots(len(brains), 3, squeeze=False)
+    for row, (title, image) in zip(axes, brains.items(), strict=True):
+        for axis, panel in enumerate(row):
+            values = np.take(image, image.shape[axis] // 2, axis=axis)
+            panel.imshow(values.T, cmap="gray", vmin=0, vmax=1.1, origin="lower")
+            panel.set(xticks=[], yticks=[])
+        row[0].set_ylabel(title, fontsize=6)
     return _png(figure)
 
 

@@ -1,0 +1,333 @@
+"""HAIL (Parida et al. 2023): one-shot style transfer with adaptive instance normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
+from bids_harmony.methods.hail_part import (
+    MOST_CHANGE,
+    Drawing,
+    Part,
+    distance,
+    fit_part,
+    intensities,
+)
+from bids_harmony.methods.hail_training import Preset
+from bids_harmony.methods.hail_volumes import Brain, brain_of, redrawing_error, style_of
+from bids_harmony.training.fit import Plan
+
+_GRID = "MNI152NLin2009aSym"
+_SIDES = {
+    "R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior",
+}  # fmt: skip
+_BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful
+_NEAR = 0.02  # intensity distance below which nothing needs to be said
+
+# At 2 mm one level fewer than at 1 mm: the deepest features then lie as close together, 8 mm.
+_CPU = Preset(
+    resolution=2.0,
+    widths=(8, 24, 64),
+    patch=32,
+    places=2,
+    pairs=2,
+    window=128,
+    radius=2,
+    noise=0.03,
+    autoencoder=Plan(1200, 2e-3, every=75, patience=8, half=False),
+    transfer=Plan(1800, 1e-3, every=100, patience=10, half=False),
+)
+_PAPER = Preset(
+    resolution=1.0,
+    widths=(64, 128, 256, 512),
+    patch=64,
+    places=4,
+    pairs=4,
+    window=128,
+    radius=4,
+    noise=0.03,
+    autoencoder=Plan(20_000, 1e-4, every=500, patience=20),
+    transfer=Plan(20_000, 1e-4, every=500, patience=20),
+)
+
+
+class Hail(NeuralMethod):
+    """A frozen encoder, AdaIN towards the examples' style, a decoder, and the scan's own anatomy.
+
+    Phase 1 trains an autoencoder on cubes of all sites. In phase 2 its encoder is frozen and its
+    decoder learns to draw cubes of one site in the style of another. What it draws is blurred, so
+    what is given out is the scan itself, changed in each neighbourhood along a straight line of
+    its own intensity; the change of a voxel is at most half the intensity scale.
+
+    Departures from the paper: styles are measured over whole brains (see `hail_losses.transfer`);
+    the decoder is told at every level how the styles differ; intensities are compared beside
+    features; the guided transfer; Adam with half a cosine instead of AdamW with plateaus.
+
+    Parameters
+    ----------
+    parts
+        What was learned, by modality.
+    preset
+        With which it was trained.
+    """
+
+    name: ClassVar[str] = "hail"
+    by_example: ClassVar[bool] = True
+    presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
+
+    def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
+        if not parts:
+            raise ScanError(f"{self.name}: the model has no modality")
+        self._parts, self._preset = dict(sorted(parts.items())), preset
+        self._device, self._threads = "cpu", 1
+        self._files: dict[str, bytes] = {}
+
+    @classmethod
+    def contract_for(cls, modalities: Sequence[str]) -> Contract:
+        """The contract of the preset ``cpu``."""
+        return cls.contract_for_preset(modalities, "cpu")
+
+    @classmethod
+    def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
+        """The template grid at the preset's resolution, robust scale, skull-stripped."""
+        return Contract(tuple(modalities), _GRID, cls._preset_named(preset).resolution)
+
+    @property
+    def contract(self) -> Contract:
+        """For the modalities of the examples; before there are any, for all."""
+        shown = [name for name, part in self._parts.items() if part.wanted is not None]
+        return self.contract_for_preset(tuple(shown or self._parts), self._preset)
+
+    @classmethod
+    def fit(
+        cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """Train on the scans of all sites, each modality by itself.
+
+        Raises
+        ------
+        ScanError
+            If a brain is unusable, or a modality has fewer than two sites to learn from.
+        UsageError
+            If the preset is unknown.
+        """
+        training = training or Training()
+        preset = cls._preset_named(training.preset)
+        groups: dict[str, list[Volume]] = {}
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            groups.setdefault(volume.modality, []).append(volume)
+        torch.set_num_threads(training.threads)
+        parts: dict[str, Part] = {}
+        files: dict[str, bytes] = {}
+        for modality, chosen in sorted(groups.items()):
+            share = replace(
+                training,
+                max_minutes=training.max_minutes / len(groups) if training.max_minutes else None,
+                folder=training.folder / modality if training.folder else None,
+            )
+            parts[modality], extra = fit_part(chosen, preset, seed, share)
+            files |= {f"{modality}_{name}": content for name, content in extra.items()}
+        method = cls(parts, training.preset)
+        method._files = files
+        return method
+
+    @classmethod
+    def _preset_named(cls, name: str) -> Preset:
+        if name not in cls.presets_by_name:
+            known = ", ".join(cls.presets_by_name)
+            raise UsageError(f"{cls.name}: no preset {name!r}; choose from {known}")
+        return cls.presets_by_name[name]
+
+    def place_on(self, device: str, threads: int) -> None:
+        """Run on this device with this many CPU threads from now on."""
+        self._device, self._threads = device, threads
+        for part in self._parts.values():
+            part.network.to(device)
+
+    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
+        """The same networks for the mean style of these scans; other appearances are forgotten.
+
+        Raises
+        ------
+        ScanError
+            If the networks do not know a modality, or no scan of one can be used.
+        """
+        torch.set_num_threads(self._threads)
+        found: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        left_out: dict[str, str] = {}
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            part = self._part(volume)
+            try:
+                brain = brain_of(volume)
+                self._admit(part, brain, volume)
+            except ScanError as error:
+                left_out.setdefault(volume.modality, str(error))
+                continue
+            style = style_of(part.network, brain, part.window)
+            found.setdefault(volume.modality, []).append((volume.name or "scan", style))
+        for modality in left_out.keys() - found.keys():
+            raise ScanError(f"no {modality} scan can be the example: {left_out[modality]}")
+        if not found:
+            raise ScanError(f"{self.name}: no scan was given as the example")
+        parts = {}
+        for modality, part in self._parts.items():
+            shown = found.get(modality, [])
+            wanted = torch.stack([style for _, style in shown]).mean(0) if shown else None
+            names = tuple(name for name, _ in shown)
+            parts[modality] = replace(part, wanted=wanted, examples=names)
+        made = type(self)(parts, self._preset)
+        made._device, made._threads = self._device, self._threads
+        made._files = dict(self._files)
+        return made
+
+    def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
+        """Make `volume` look like the examples; nothing is drawn at random.
+
+        Raises
+        ------
+        ScanError
+            If there is no such modality or no example of it, the brain is unusable, or it is no
+            upright brain of the modality.
+        """
+        torch.set_num_threads(self._threads)
+        part = self._part(volume)
+        if part.wanted is None:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model was not shown how "
+                f"{volume.modality} scans should look; give it examples of the wanted site"
+            )
+        brain = brain_of(volume)
+        unlikeness = self._admit(part, brain, volume)
+        own = style_of(part.network, brain, part.window)
+        drawing = part.draw(brain, own, part.wanted)
+        error = redrawing_error(brain[0], drawing.redrawn, brain[1])
+        if not error <= part.ranges["redrawing_error"].refuse:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the network cannot redraw it (error {error:.2f}, "
+                f"refused above {part.ranges['redrawing_error'].refuse:.2f}): no "
+                f"{volume.modality} brain, or full of artefacts; check modality and mask, or use "
+                "a statistical method"
+            )
+        facts = {"redrawing_error": error, "unlikeness": unlikeness}
+        before = distance(own, part.wanted)
+        after = distance(intensities(drawing.data, brain[1]), part.wanted)
+        change = np.abs(drawing.data - brain[0].numpy())[brain[1].numpy()]
+        details = {
+            "examples": len(part.examples),
+            "guided_radius_voxels": part.radius,
+            "mean_absolute_change": round(float(change.mean()), 4),
+            "largest_change_allowed": MOST_CHANGE,
+            "share_at_bound": round(drawing.at_bound, 5),
+            "intensity_distance_to_examples": {
+                "before": round(before, 4),
+                "after": round(after, 4),
+            },
+            **{name: round(value, 4) for name, value in facts.items()},
+        }
+        warnings = _doubts(part, facts, drawing, before, after)
+        return Harmonized(drawing.data, details, tuple(warnings))
+
+    def _part(self, volume: Volume) -> Part:
+        if volume.modality not in self._parts:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model was trained on "
+                f"{', '.join(self._parts)} only; train it on {volume.modality} too"
+            )
+        return self._parts[volume.modality]
+
+    @staticmethod
+    def _admit(part: Part, brain: Brain, volume: Volume) -> float:
+        """Refuse what is no upright brain of the modality; how unlike training's it is."""
+        unlikeness, coarse = part.unlikeness(brain, volume.spacing)
+        axes, _ = part.layout.turned(coarse)
+        if axes != "RAS":
+            raise ScanError(
+                f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "
+                f"anterior, superior seems to be {', '.join(_SIDES[a] for a in axes)}; correct "
+                "the header's orientation"
+            )
+        limit = part.ranges["unlikeness"].refuse
+        if not unlikeness <= limit:
+            raise ScanError(
+                f"{volume.name or 'scan'}: bright and dark tissue lie elsewhere than in "
+                f"{volume.modality} brains (unlikeness {unlikeness:.2f}, refused above "
+                f"{limit:.2f}); check modality, mask and header"
+            )
+        return unlikeness
+
+    def files(self) -> Mapping[str, bytes]:
+        """Training curves and a picture of a held-out transfer; empty after loading."""
+        return dict(self._files)
+
+    def scores(self) -> Mapping[str, Any]:
+        """Held-out scores of the training, by modality."""
+        return {modality: dict(part.scores) for modality, part in self._parts.items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Weights, layout and appearance of every part, keys ``<modality>/...``."""
+        return {
+            f"{modality}/{key}": value
+            for modality, part in self._parts.items()
+            for key, value in part.arrays().items()
+        }
+
+    def params(self) -> dict[str, Any]:
+        """Preset, and for each modality settings, limits, scores and names of the examples."""
+        return {
+            "preset": self._preset,
+            "parts": {modality: part.params() for modality, part in self._parts.items()},
+        }
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
+        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
+        parts = {}
+        for modality, content in params["parts"].items():
+            prefix = f"{modality}/"
+            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            parts[modality] = Part.from_state(own, content)
+        return cls(parts, str(params["preset"]))
+
+
+def _doubts(
+    part: Part, facts: Mapping[str, float], drawing: Drawing, before: float, after: float
+) -> list[str]:
+    """Sentences for the report where the result may be wrong."""
+    found = []
+    if facts["redrawing_error"] > part.ranges["redrawing_error"].flag:
+        found.append(
+            f"The network redraws this scan badly (error {facts['redrawing_error']:.2f}, held-out "
+            f"scans have {part.ranges['redrawing_error'].mean:.2f}): it may be unlike all "
+            "training scans. Look at the result before you use it."
+        )
+    if facts["unlikeness"] > part.ranges["unlikeness"].flag:
+        found.append(
+            "Bright and dark tissue lie elsewhere than in the training scans (unlikeness "
+            f"{facts['unlikeness']:.2f}, held-out scans have "
+            f"{part.ranges['unlikeness'].mean:.2f}). Look at the result before you use it."
+        )
+    if drawing.at_bound > _BOUND_SHARE:
+        found.append(
+            f"The change of {drawing.at_bound:.0%} of the brain was cut at {MOST_CHANGE:g} of the "
+            "intensity scale: the networks wanted more than can be trusted."
+        )
+    if after > max(before, _NEAR):
+        found.append(
+            "The scan's intensities are further from the examples' than before (distance "
+            f"{before:.3f}, then {after:.3f}). Look at the result before you use it."
+        )
+    elif after > max(0.5 * before, _NEAR):
+        found.append(
+            "The scan came less than half the way to the examples' intensities (distance "
+            f"{before:.3f}, then {after:.3f})."
+        )
+    return found
