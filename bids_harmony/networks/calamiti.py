@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ BETAS, THETAS = 4, 2
 _LAST_TEMPERATURE = 0.5
 _STRIDES = 16  # of the theta encoder's four convolutions together
 _SLOPE = 0.1
+_FIRST_LOG_VARIANCE = -5.0
 
 
 def temperature(step: int, decay: float) -> float:
@@ -81,9 +83,16 @@ class SliceUNet(nn.Module):
             _block(a + b, b, norm) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head = nn.Conv2d(base, outputs, 1)
+        nn.init.kaiming_normal_(self.head.weight, nonlinearity="linear")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W); ValueError if H or W does not halve so often."""
+        """(B, inputs, H, W) to (B, outputs, H, W).
+
+        Raises
+        ------
+        ValueError
+            If H or W cannot be halved so often.
+        """
         if any(size % 2**self.levels for size in x.shape[-2:]):
             raise ValueError(f"image size must be a multiple of {2**self.levels}: pad or crop")
         taps = []
@@ -116,6 +125,14 @@ class ThetaEncoder(nn.Module):
             nn.Linear(64, 32), nn.LeakyReLU(_SLOPE),
             nn.Linear(32, 2 * THETAS),
         )  # fmt: skip
+        for part in (*self.features, *self.head):
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(part.weight, a=_SLOPE)
+                nn.init.zeros_(cast(Tensor, part.bias))
+        with torch.no_grad():  # noise as large as theta itself would hide it from the decoder
+            last = cast(nn.Linear, self.head[-1])
+            last.weight[THETAS:] *= 0.1
+            last.bias[THETAS:] = _FIRST_LOG_VARIANCE
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, H, W), 0 outside the brain, H and W >= 16, to two times (B, 2), float32."""
@@ -132,12 +149,10 @@ class BetaDiscriminator(nn.Module):
         super().__init__()
         widths = (BETAS, 16, 32, 64)
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             conv = spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1))
             layers += [conv, nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(
-            *layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
-        )
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
 
     def forward(self, beta: Tensor) -> Tensor:
         """(B, 4, H, W) to (B, 1, H / 8, W / 8), float32."""
@@ -213,7 +228,7 @@ class CalamitiNetworks(nn.Module):
         return one_hot(self.beta(x).float()) * mask
 
     def draw(self, beta: Tensor, theta: Tensor, mask: Tensor) -> Tensor:
-        """Slices (B, 1, H, W) with anatomy (B, 4, H, W) and contrast (B, 2); 0 outside the mask."""
+        """Slices with this anatomy (B, 4, H, W) and contrast (B, 2): (B, 1, H, W)."""
         maps = theta[:, :, None, None].expand(-1, -1, *beta.shape[-2:])
         out: Tensor = self.decoder(torch.cat((beta, maps), dim=1)).float() * mask
         return out

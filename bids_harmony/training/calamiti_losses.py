@@ -77,6 +77,23 @@ def calamiti_loss(
     return loss
 
 
+def adaptation_loss(
+    networks: CalamitiNetworks, batch: PairBatch, generator: torch.Generator
+) -> Tensor:
+    """Loss of a step on the scans of a new site; the discriminator is used, never trained."""
+    count = len(batch.images)
+    mask = batch.mask.repeat_interleave(2, dim=0)
+    seen = batch.images.flatten(0, 1)[:, None]
+    beta = networks.sampled_beta(seen, mask, generator)
+    loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
+    judge = networks.discriminator
+    if judge is None:
+        return loss
+    judge.eval()  # spectral norm would go on with its power iteration
+    logits = judge(beta)
+    return loss + _ADVERSARIAL * same_label(logits, torch.ones_like(logits[:, 0, 0, 0]))
+
+
 def drawing_loss(
     networks: CalamitiNetworks, batch: PairBatch, beta: Tensor, generator: torch.Generator
 ) -> Tensor:

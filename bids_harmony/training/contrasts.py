@@ -126,9 +126,7 @@ class PairDrawer:
             rows.append(self._pair(index, pick))
         images, others, mask = (torch.stack(part) for part in zip(*rows, strict=True))
         crossed = torch.rand((self._count, 2), generator=generator) < 0.5
-        return PairBatch(
-            images, others, mask, crossed, torch.tensor(known), torch.tensor(judging)
-        )
+        return PairBatch(images, others, mask, crossed, torch.tensor(known), torch.tensor(judging))
 
     def _site(self, pick: _Pick, judging: bool) -> str:
         sites = sorted(self._by_site)
