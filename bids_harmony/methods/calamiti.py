@@ -2,16 +2,15 @@
 
 A slice is taken apart into anatomy (beta) and contrast (theta), and drawn anew with the wanted
 contrast. What the decoder cannot draw (noise, fine detail, lesions) would be lost, so not the
-drawing is given back: the scan gets the change between the brain drawn with the wanted theta and
-the same brain drawn with its own, and of that only what is locally a straight line of its own
-intensity (`guided_transfer`).
+drawing is given back: the scan gets the change between the brain drawn with its own theta and the
+same brain drawn with the wanted one, and of that only what is locally a straight line of its own
+intensity (`guided_transfer`). A scan that has the wanted theta already stays as it is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -27,7 +26,7 @@ from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
 from bids_harmony.methods.calamiti_admission import Known, admit
-from bids_harmony.methods.calamiti_data import cohort_of, paired_sessions, split_sessions
+from bids_harmony.methods.calamiti_data import cohort_of
 from bids_harmony.methods.calamiti_drawing import (
     draw_brain,
     drawing_error,
@@ -36,17 +35,10 @@ from bids_harmony.methods.calamiti_drawing import (
     theta_of_brain,
 )
 from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
-from bids_harmony.methods.calamiti_training import (
-    Learned,
-    Preset,
-    adapt_networks,
-    theta_rows,
-    train_calamiti,
-)
+from bids_harmony.methods.calamiti_learned import Learned, Preset
+from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
 from bids_harmony.methods.flow_training import on_model_grid
-from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.methods.training_files import curves_csv, training_png
-from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.fit import Plan
 
 LOG = logging.getLogger("bids_harmony")
@@ -266,9 +258,7 @@ class Calamiti(NeuralMethod):
         image, inside = case.image.numpy(), case.mask.numpy()
         own, other = case.drawn
         radius = max(round(_RADIUS_MM / self._resolution), 1)
-        target = image + (other - own).numpy()
-        result = guided_transfer(image, target, inside, radius=radius, noise=_NOISE)
-        asked = np.where(inside, result - image, 0)
+        asked = guided_transfer(image, (other - own).numpy(), inside, radius=radius, noise=_NOISE)
         change = np.clip(asked, -_MOST_CHANGE, _MOST_CHANGE).astype(np.float32)
         bounded = float((np.abs(asked[inside]) > _MOST_CHANGE).mean())
         warnings = list(case.warnings)
@@ -347,31 +337,10 @@ class Calamiti(NeuralMethod):
         torch.set_num_threads(training.threads)
         for index in range(len(volumes)):
             self._known(volumes[index])
-        preset = self._preset_named(self._preset)
-        sessions, left_out = paired_sessions(volumes, preset.resolution)
-        alone = len({s.subject for s in sessions}) < 2
-        learn, held_out = (sessions, sessions) if alone else split_sessions(sessions)
-        old = self._learned
-        networks, run = adapt_networks(
-            old.networks, learn, held_out, preset, side=self._side(_largest(sessions)),
+        learned = adapt_learned(
+            self._learned, volumes, self._preset_named(self._preset),
             seed=seed, training=training, same_slice=self.same_slice,
         )  # fmt: skip
-        rows = theta_rows(networks, sessions, self._side(_largest(sessions)))
-        known = {}
-        for modality, of in old.known.items():
-            new = [(r.theta1, r.theta2) for r in rows if r.modality == modality]
-            known[modality] = replace(of, thetas=np.array([*of.thetas.tolist(), *new]))
-        adaptation = {
-            "sites": sorted({s.site for s in sessions}),
-            "steps": run.steps,
-            "held_out_error": round(run.best, 5),
-            "held_out_is_learned": alone,
-            "left_out": left_out,
-            "stop_reason": run.stop_reason,
-        }
-        fusion = deepcopy(old.fusion)
-        scores = {**old.scores, "adaptation": adaptation}
-        learned = replace(old, networks=networks, fusion=fusion, known=known, scores=scores)
         return self._with(learned, self._wanted)
 
     def files(self) -> Mapping[str, bytes]:
@@ -384,51 +353,22 @@ class Calamiti(NeuralMethod):
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Weights, what is known of each modality, and the wanted thetas."""
-        found = state_arrays(self._learned.networks, "networks")
-        if self._learned.fusion is not None:
-            found |= state_arrays(self._learned.fusion, "fusion")
-        for modality, known in self._learned.known.items():
-            found |= {f"{modality}/{key}": value for key, value in known.arrays().items()}
-        for modality, (theta, _) in self._wanted.items():
-            found[f"{modality}/wanted"] = np.array(theta)
-        return found
+        thetas = {f"{m}/wanted": np.array(theta) for m, (theta, _) in self._wanted.items()}
+        return {**self._learned.arrays(), **thetas}
 
     def params(self) -> dict[str, Any]:
-        """Preset, sizes of the networks, modalities, names of the examples, scores."""
-        fusion = self._learned.fusion
-        return {
-            "preset": self._preset,
-            "networks": self._learned.networks.config(),
-            "fusion_width": None if fusion is None else fusion.width,
-            "side": self._learned.side,
-            "modalities": sorted(self._learned.known),
-            "examples": {modality: list(names) for modality, (_, names) in self._wanted.items()},
-            "scores": dict(self._learned.scores),
-        }
+        """Preset, what was learned, and the names of the examples."""
+        examples = {modality: list(names) for modality, (_, names) in self._wanted.items()}
+        return {"preset": self._preset, "examples": examples, **self._learned.params()}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
         """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
-        networks = CalamitiNetworks.from_config(params["networks"])
-        load_arrays(networks, arrays, "networks")
-        fusion = None
-        if params["fusion_width"] is not None:
-            fusion = FusionNetwork(int(params["fusion_width"])).requires_grad_(False)
-            load_arrays(fusion, arrays, "fusion")
-        known = {}
-        for modality in params["modalities"]:
-            prefix = f"{modality}/"
-            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            known[modality] = Known.from_arrays(own)
         wanted = {}
         for modality, names in params["examples"].items():
             one, two = (float(v) for v in arrays[f"{modality}/wanted"])
             wanted[str(modality)] = ((one, two), tuple(str(name) for name in names))
-        learned = Learned(
-            networks.requires_grad_(False), fusion, int(params["side"]), known, (), {},
-            params["scores"],
-        )  # fmt: skip
-        return cls(learned, str(params["preset"]), wanted)
+        return cls(Learned.from_state(arrays, params), str(params["preset"]), wanted)
 
 
 class Dewey2020(Calamiti):
@@ -442,12 +382,6 @@ class Dewey2020(Calamiti):
         "cpu": replace(_CPU, plan=replace(_CPU.plan, steps=4000)),
         "paper": replace(_PAPER, plan=replace(_PAPER.plan, steps=30_000)),
     }
-
-
-def _largest(sessions: Sequence[Any]) -> Tensor:
-    """Mask of the session that needs the largest canvas."""
-    found: Tensor = max((s.mask for s in sessions), key=lambda mask: max(mask.shape))
-    return found
 
 
 def _to_scan(volume: Volume, grid: ModelGrid, change: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -146,14 +146,16 @@ def split_sessions(sessions: Sequence[Session]) -> tuple[list[Session], list[Ses
         """Whether every site keeps a subject without this one."""
         return all(s - apart - {subject} for s in at.values() if subject in s)
 
+    def hold_out(site: str, count: int) -> None:
+        for subject in sorted(at[site] - apart, reverse=True):
+            if count > 0 and spare(subject):
+                apart.add(subject)
+                count -= 1
+
     for site in sorted(at):
-        subjects = sorted(at[site])
-        wanted = round(_HELD_OUT * len(subjects)) - len(at[site] & apart)
-        for subject in [s for s in reversed(subjects) if s not in apart][: max(wanted, 0)]:
-            apart |= {subject} if spare(subject) else set()
-    everyone = sorted({s.subject for s in sessions}, reverse=True)
+        hold_out(site, round(_HELD_OUT * len(at[site])) - len(at[site] & apart))
     if not apart:
-        apart |= set([s for s in everyone if spare(s)][:1])
+        hold_out(max(sorted(at), key=lambda s: len(at[s])), 1)
     if not apart:
         raise ScanError(
             "two subjects or more with two modalities each are needed at one of the sites, since "

@@ -67,7 +67,14 @@ def theta_png(rows: Sequence[ThetaRow]) -> bytes:
                 continue
             colour = f"C{index % 10}"
             marker = _MARKERS[kind % len(_MARKERS)]
-            axis.scatter(*points.T, color=colour, marker=marker, s=16, label=f"{site} {modality}")
+            axis.scatter(
+                points[:, 0],
+                points[:, 1],
+                color=colour,
+                marker=marker,
+                s=16,
+                label=f"{site} {modality}",
+            )
             if len(points) >= _LEAST_CLUSTER:
                 axis.plot(*contour(points).T, color=colour, linewidth=1)
     axis.set(xlabel="theta 1", ylabel="theta 2")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,93 +12,28 @@ import torch
 from torch import Tensor
 
 from bids_harmony.imaging.layout import Coarse, Layout
-from bids_harmony.methods.base import Training
+from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.calamiti_admission import Known
-from bids_harmony.methods.calamiti_data import Cohort
+from bids_harmony.methods.calamiti_data import Cohort, paired_sessions, split_sessions
 from bids_harmony.methods.calamiti_drawing import (
     draw_brain,
     drawing_error,
     fused,
+    side_for,
     theta_of_brain,
 )
 from bids_harmony.methods.calamiti_files import ThetaRow
+from bids_harmony.methods.calamiti_fusion import LEARNED, train_fusion
+from bids_harmony.methods.calamiti_learned import Learned, Preset, limited, spread
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
-from bids_harmony.training.calamiti_losses import (
-    adaptation_loss,
-    calamiti_loss,
-    masked_l1,
-    pair_error,
-)
+from bids_harmony.training.calamiti_losses import adaptation_loss, calamiti_loss, pair_error
 from bids_harmony.training.contrasts import PairBatch, PairDrawer, Session
-from bids_harmony.training.fit import Plan, Trained, train_network
+from bids_harmony.training.fit import Trained, train_network
 from bids_harmony.training.slices import canvas_size
 
-LOG = logging.getLogger("bids_harmony")
 _CHECKED = 32  # pairs of the held-out score
 _AT_ONCE = 4
-_FUSED = 12  # sessions to learn fusion from
-_FUSED_HELD_OUT = 4
-_PATCH, _PATCHES = 32, 4
 _LEAST_SIDE = 16  # of the theta encoder
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes and lengths of a training.
-
-    Attributes
-    ----------
-    resolution
-        Voxel size of the model's grid in mm.
-    batch
-        Pairs of a step.
-    networks
-        Arguments of `CalamitiNetworks`.
-    plan, fusion_plan, adaptation_plan
-        How long to train the slice networks, the fusion, and the encoders' last layers on a new
-        site.
-    fusion_width
-        Of `FusionNetwork`.
-    """
-
-    resolution: float
-    batch: int
-    networks: Mapping[str, Any]
-    plan: Plan
-    fusion_plan: Plan
-    adaptation_plan: Plan
-    fusion_width: int = 8
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What a training gave.
-
-    Attributes
-    ----------
-    networks
-        In eval mode, on the CPU.
-    fusion
-        None: the voxel median is taken.
-    side
-        Of the canvas.
-    known
-        By modality.
-    thetas
-        Of every image of the training.
-    runs
-        How the trainings went, by network.
-    scores
-        JSON-serialisable.
-    """
-
-    networks: CalamitiNetworks
-    fusion: FusionNetwork | None
-    side: int
-    known: Mapping[str, Known]
-    thetas: tuple[ThetaRow, ...]
-    runs: Mapping[str, Trained]
-    scores: Mapping[str, Any]
 
 
 def train_calamiti(
@@ -140,14 +74,14 @@ def train_calamiti(
             draw=drawer,
             loss=lambda batch, generator: calamiti_loss(networks, batch, generator),
             held_out=held_out_score(networks, cohort.held_out, side, seed),
-            plan=_limited(preset.plan, training, 0.8),
+            plan=limited(preset.plan, training, 0.8),
             seed=seed,
             device=training.device,
             folder=training.folder / "networks" if training.folder else None,
         )
     }
     networks.requires_grad_(False).to(training.device)
-    fusion, run, fusion_scores = _train_fusion(networks, cohort, side, preset, seed, training)
+    fusion, run, fusion_scores = train_fusion(networks, cohort, side, preset, seed, training)
     runs["fusion"] = run
     thetas = theta_rows(networks, (*cohort.learn, *cohort.held_out), side)
     known = _known(networks, fusion, cohort, side, thetas)
@@ -199,96 +133,6 @@ def theta_rows(
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A brain drawn across three axes, (3, X, Y, Z), with the scan and mask it should be."""
-
-    drawn: Tensor
-    wanted: Tensor
-    mask: Tensor
-
-
-def stacks_of(networks: CalamitiNetworks, sessions: Sequence[Session], side: int) -> list[Stack]:
-    """The first image of two modalities of each session, both drawn from the same anatomy."""
-    found = []
-    for index, session in enumerate(sessions):
-        modalities = sorted(session.images)
-        chosen = [modalities[(index + k) % len(modalities)] for k in range(2)]
-        images = [session.images[m][0] for m in chosen]
-        thetas = [theta_of_brain(networks, image, session.mask, side) for image in images]
-        drawn = draw_brain(networks, images[0], session.mask, thetas, side)
-        found += [Stack(d, i, session.mask) for d, i in zip(drawn, images, strict=True)]
-    return found
-
-
-def _train_fusion(
-    networks: CalamitiNetworks,
-    cohort: Cohort,
-    side: int,
-    preset: Preset,
-    seed: int,
-    training: Training,
-) -> tuple[FusionNetwork | None, Trained, dict[str, Any]]:
-    """Fusion on patches of training brains; None where the voxel median is better held out."""
-    stacks = stacks_of(networks, _spread(cohort.learn, _FUSED), side)
-    checks = stacks_of(networks, _spread(cohort.held_out, _FUSED_HELD_OUT), side)
-    torch.manual_seed(seed + 1)
-    fusion = FusionNetwork(preset.fusion_width)
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        return draw_patches(stacks, _PATCHES, generator)
-
-    def loss(batch: Any, generator: torch.Generator) -> Tensor:
-        drawn, wanted, mask = batch
-        return masked_l1(fusion(drawn), wanted, mask)
-
-    def error(network: FusionNetwork | None) -> float:
-        each = [masked_l1(fused(network, s.drawn, s.mask), s.wanted, s.mask) for s in checks]
-        return float(torch.stack(each).mean())
-
-    run = train_network(
-        fusion,
-        name="fusion",
-        draw=draw,
-        loss=loss,
-        held_out=lambda: error(fusion),
-        plan=_limited(preset.fusion_plan, training, 0.1),
-        seed=seed,
-        device=training.device,
-        folder=training.folder / "fusion" if training.folder else None,
-    )
-    fusion.requires_grad_(False)
-    median = error(None)
-    scores: dict[str, Any] = {"network": round(run.best, 5), "voxel_median": round(median, 5)}
-    scores["used"] = "network" if run.best < median else "voxel median"
-    LOG.info("fusion: held-out error %.5f, of the voxel median %.5f", run.best, median)
-    return (fusion if run.best < median else None), run, scores
-
-
-def draw_patches(
-    stacks: Sequence[Stack], count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random patches around brain voxels: drawn (B, 3, ...), wanted and mask (B, 1, ...)."""
-    edges = [min(_PATCH, min(s.mask.shape[a] for s in stacks)) for a in range(3)]
-    rows = []
-    for _ in range(count):
-        stack = stacks[int(torch.randint(len(stacks), (), generator=generator))]
-        brain = torch.nonzero(stack.mask)
-        centre = brain[int(torch.randint(len(brain), (), generator=generator))].tolist()
-        box = []
-        for place, edge, size in zip(centre, edges, stack.mask.shape, strict=True):
-            start = min(max(place - edge // 2, 0), size - edge)
-            box.append(slice(start, start + edge))
-        where = tuple(box)
-        rows.append((
-            stack.drawn[(slice(None), *where)],
-            stack.wanted[where][None],
-            stack.mask[where][None].float(),
-        ))  # fmt: skip
-    drawn, wanted, mask = (torch.stack(part) for part in zip(*rows, strict=True))
-    return drawn, wanted, mask
-
-
 def _known(
     networks: CalamitiNetworks,
     fusion: FusionNetwork | None,
@@ -304,7 +148,7 @@ def _known(
         )
         apart, own = (
             [own_error(networks, fusion, s.images[modality][0], s.mask, side) for s in part]
-            for part in (held_out, _spread(learn, _FUSED))
+            for part in (held_out, spread(learn, LEARNED))
         )
         cells = [
             Coarse(s.images[modality][0].numpy(), s.mask.numpy(), (1.0, 1.0, 1.0)).cells()
@@ -332,50 +176,60 @@ def own_error(
     return drawing_error(fused(fusion, drawn, mask), image, mask)
 
 
-def adapt_networks(
-    networks: CalamitiNetworks,
-    learn: Sequence[Session],
-    held_out: Sequence[Session],
+def adapt_learned(
+    learned: Learned,
+    volumes: Sequence[Volume],
     preset: Preset,
     *,
-    side: int,
     seed: int,
     training: Training,
     same_slice: bool,
-) -> tuple[CalamitiNetworks, Trained]:
-    """Networks whose encoders' last layers were trained on a new site (paper, 2.4).
+) -> Learned:
+    """What was learned, adapted to a new site: the last layers of both encoders (paper, 2.4).
 
-    Decoder and discriminator stay as they are; the discriminator goes on asking for betas like
-    the first site's.
+    Decoder, discriminator and fusion stay as they are; the discriminator goes on asking for
+    betas like the first site's. The new scans' thetas join those of the training scans.
+
+    Raises
+    ------
+    ScanError
+        If a scan cannot be used, or no session has two modalities.
     """
-    adapted = deepcopy(networks).cpu().requires_grad_(False)
-    for layer in adapted.last_layers():
+    sessions, left_out = paired_sessions(volumes, preset.resolution)
+    alone = len({s.subject for s in sessions}) < 2
+    learn, held_out = (sessions, sessions) if alone else split_sessions(sessions)
+    divisor = learned.networks.divisor
+    side = max(side_for(s.mask.shape, learned.side, divisor) for s in sessions)
+    networks = deepcopy(learned.networks).cpu().requires_grad_(False)
+    for layer in networks.last_layers():
         layer.requires_grad_(True)
-    drawer = PairDrawer(learn, side=side, count=preset.batch, first=None, same_slice=same_slice)
     run = train_network(
-        adapted,
+        networks,
         name="adaptation",
-        draw=drawer,
-        loss=lambda batch, generator: adaptation_loss(adapted, batch, generator),
-        held_out=held_out_score(adapted, held_out, side, seed),
-        plan=_limited(preset.adaptation_plan, training, 1.0),
+        draw=PairDrawer(learn, side=side, count=preset.batch, first=None, same_slice=same_slice),
+        loss=lambda batch, generator: adaptation_loss(networks, batch, generator),
+        held_out=held_out_score(networks, held_out, side, seed),
+        plan=limited(preset.adaptation_plan, training, 1.0),
         seed=seed,
         device=training.device,
         folder=training.folder / "adaptation" if training.folder else None,
     )
-    return adapted.requires_grad_(False), run
-
-
-def _spread(sessions: Sequence[Session], most: int) -> list[Session]:
-    """At most so many of the sessions, evenly spaced."""
-    chosen = np.linspace(0, len(sessions) - 1, min(most, len(sessions)))
-    return [sessions[round(i)] for i in chosen]
-
-
-def _limited(plan: Plan, training: Training, share: float) -> Plan:
-    if training.max_minutes is None:
-        return plan
-    return replace(plan, minutes=share * training.max_minutes)
+    networks.requires_grad_(False)
+    rows = theta_rows(networks, sessions, side)
+    known = {}
+    for modality, of in learned.known.items():
+        new = [(r.theta1, r.theta2) for r in rows if r.modality == modality]
+        known[modality] = replace(of, thetas=np.array([*of.thetas.tolist(), *new]))
+    facts = {
+        **_facts(run),
+        "sites": sorted({s.site for s in sessions}),
+        "held_out_is_learned": alone,
+        "left_out": left_out,
+    }
+    scores = {**learned.scores, "adaptation": facts}
+    return replace(
+        learned, networks=networks, fusion=deepcopy(learned.fusion), known=known, scores=scores
+    )
 
 
 def _facts(run: Trained) -> dict[str, Any]:

@@ -1,0 +1,356 @@
+"""CALAMITI and its forerunner as methods, with trainings of seconds on synthetic brains."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning")
+
+from bids_harmony.errors import ScanError, UsageError  # noqa: E402
+from bids_harmony.methods import calamiti, calamiti_fusion, registry  # noqa: E402
+from bids_harmony.methods.base import Training  # noqa: E402
+from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
+from bids_harmony.training.fit import Plan, Trained  # noqa: E402
+from tests.contrast_brains import anatomy, cohort, scan  # noqa: E402
+
+SHAPE = (28, 32, 28)
+VOLUMES = cohort({"a": (1, 2, 3), "b": (4, 5, 6)}, shape=SHAPE)
+
+
+def tiny(name, steps=8, **networks):
+    """The method with a preset of seconds."""
+    kind = registry.load(name)
+    plan = Plan(steps, 4e-3, every=max(steps // 2, 1), half=False)
+    preset = replace(
+        kind.presets_by_name["cpu"], batch=2,
+        networks={"beta_base": 4, "decoder_base": 4, "levels": 2, "decay": 5e-3, **networks},
+        plan=plan, fusion_plan=replace(plan, steps=4, every=2), fusion_width=2,
+        adaptation_plan=replace(plan, steps=4, every=2),
+    )  # fmt: skip
+    members = {"presets_by_name": {"cpu": preset}, "__module__": __name__}
+    return type(kind.__name__, (kind,), members)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def tolerant(method):
+    """The method that refuses nothing: it learned for seconds only."""
+    made = type(method).from_state(method.arrays(), method.params())
+    known = {m: replace(k, error=1e3) for m, k in made._learned.known.items()}
+    known = {
+        m: replace(k, thetas=np.concatenate([v.thetas for v in known.values()]))
+        for m, k in known.items()
+    }
+    made._learned = replace(made._learned, known=known)
+    return made
+
+
+def examples(site, modality=None):
+    return [v for v in VOLUMES if v.site == site and modality in (None, v.modality)]
+
+
+@pytest.fixture(scope="module", params=["calamiti", "dewey2020"])
+def method(request):
+    torch.set_num_threads(1)
+    return tiny(request.param).fit(VOLUMES, seed=0, training=Training("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(method):
+    """For the look of site b."""
+    return tolerant(method).towards(examples("b"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """Trained long enough to know the sites' contrasts, for the look of site b."""
+    torch.set_num_threads(1)
+    kind = tiny("dewey2020", steps=160)
+    method = kind.fit(VOLUMES, seed=0, training=Training("cpu"))
+    return tolerant(method).towards(examples("b"), seed=0)
+
+
+SCAN = scan(9, "a", shape=SHAPE)
+
+
+# --- harmonize
+
+
+def test_output_contract(model):
+    data, mask = SCAN.data.copy(), SCAN.mask.copy()
+    result = model.harmonize(SCAN, seed=3)
+    assert np.array_equal(SCAN.data, data)
+    assert np.array_equal(SCAN.mask, mask)
+    assert result.data.dtype == np.float32
+    assert result.data.shape == SHAPE
+    assert np.isfinite(result.data).all()
+    assert result.data.min() >= 0
+    assert not result.data[~mask].any()
+    assert np.abs(result.data - data).max() > 1e-4
+    json.dumps([result.details, result.warnings], allow_nan=False)
+    assert result.details["examples"] == [v.name for v in examples("b", "T1w")]
+    again = model.harmonize(SCAN, seed=4)
+    assert np.array_equal(again.data, result.data)
+
+
+def test_what_lies_outside_the_mask_has_no_say(model):
+    spoiled = replace(SCAN, data=np.where(SCAN.mask, SCAN.data, np.nan).astype(np.float32))
+    expected = model.harmonize(SCAN, seed=0).data
+    assert np.array_equal(model.harmonize(spoiled, seed=0).data, expected)
+
+
+def test_a_scan_that_looks_as_wanted_is_left_alone(model):
+    """Its own theta is the wanted one: no change, however badly the decoder draws."""
+    own = model.towards([SCAN], seed=0)
+    assert own.harmonize(SCAN, seed=0).data == pytest.approx(SCAN.data, abs=1e-6)
+
+
+@pytest.mark.parametrize("codes", [("L", "A", "S"), ("S", "R", "A")], ids="".join)
+def test_other_orientations_give_the_same_result_turned(model, codes):
+    order = [codes.index(c) if c in codes else 0 for c in ("R", "A", "S")]
+    if "L" in codes:
+        turn = lambda v: np.ascontiguousarray(v[::-1])  # noqa: E731
+    else:
+        turn = lambda v: np.ascontiguousarray(np.transpose(v, np.argsort(order)))  # noqa: E731
+    other = replace(SCAN, data=turn(SCAN.data), mask=turn(SCAN.mask), axes=codes)
+    expected = turn(model.harmonize(SCAN, seed=0).data)
+    assert model.harmonize(other, seed=0).data == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_change_is_bounded_and_told(model, monkeypatch):
+    def drawn(networks, image, mask, thetas, side):
+        stack = torch.stack([image * mask] * 3)
+        return torch.stack([stack, (stack + 5) * mask])
+
+    monkeypatch.setattr(calamiti, "draw_brain", drawn)
+    result = model.harmonize(SCAN, seed=0)
+    change = (result.data - SCAN.data)[SCAN.mask]
+    assert change.max() == pytest.approx(0.5, abs=1e-4)
+    assert result.details["share_at_bound"] == pytest.approx(1.0, abs=0.01)
+    assert any("were held there" in text for text in result.warnings)
+
+
+def test_site_contrast_is_moved_towards_the_wanted_one(taught):
+    """A person scanned at both sites: after harmonization the scans differ less."""
+    for modality in ("T1w", "T2w"):
+        seen, truth = (scan(9, site, modality, shape=SHAPE) for site in "ab")
+        result = taught.harmonize(seen, seed=0).data
+        before, after = (np.abs(v - truth.data)[truth.mask].mean() for v in (seen.data, result))
+        assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+def test_a_small_lesion_keeps_its_sign_and_half_of_its_contrast(taught, modality):
+    """No lesion was seen in training; bright as in T2w and FLAIR, dark as in T1w."""
+    lesion = ((14, 18, 18), 2)
+    seen = scan(9, "a", modality, shape=SHAPE, lesion=lesion)
+    labels, _ = anatomy(9, SHAPE, lesion)
+    inside = labels == 3
+    near = ndimage.binary_dilation(inside, iterations=3) & (labels == 2)
+    near &= ~ndimage.binary_dilation(inside)
+    result = taught.harmonize(seen, seed=0).data
+    before, after = (float(v[inside].mean() - v[near].mean()) for v in (seen.data, result))
+    assert abs(before) > 0.2
+    assert after / before > 0.5
+
+
+# --- refusals
+
+
+def test_a_model_without_examples_or_of_another_modality_refuses(method):
+    with pytest.raises(ScanError, match=r"sub-09_a_T1w: .* no example .*--reference"):
+        method.harmonize(SCAN, seed=0)
+    with pytest.raises(ScanError, match=r"x: .*trained on T1w, T2w only"):
+        method.towards([replace(SCAN, modality="FLAIR", name="x")], seed=0)
+    with pytest.raises(ScanError, match=r"no example can be used: no scan was given"):
+        method.towards([], seed=0)
+    one = tolerant(method).towards(examples("b", "T2w"), seed=0)
+    assert one.contract.modalities == ("T2w",)
+    with pytest.raises(ScanError, match="no example of how T1w scans"):
+        one.harmonize(SCAN, seed=0)
+
+
+def test_unusable_brains_are_named(model):
+    nothing = np.zeros_like(SCAN.mask)
+    for volume, words in (
+        (replace(SCAN, data=SCAN.mask.astype(np.float32)), "all brain voxels"),
+        (replace(SCAN, mask=nothing), "brain mask is empty"),
+        (replace(SCAN, mask=SCAN.mask[1:]), "differ in shape"),
+        (replace(SCAN, data=np.where(SCAN.mask, np.float32(np.nan), 0)), "NaN"),
+    ):
+        with pytest.raises(ScanError, match=f"sub-09_a_T1w: .*{words}"):
+            model.harmonize(volume, seed=0)
+
+
+def test_no_brain_is_refused(taught):
+    """Noise cannot be drawn from its anatomy; held-out errors are those of the training."""
+    made = taught.towards(examples("b"), seed=0)
+    error = {m: made.harmonize(scan(9, "a", m, shape=SHAPE), seed=0).details["drawing_error"]
+             for m in ("T1w", "T2w")}  # fmt: skip
+    known = {m: replace(k, error=error[m]) for m, k in made._learned.known.items()}
+    made._learned = replace(made._learned, known=known)
+    assert made.harmonize(SCAN, seed=0).data.max() > 0
+    noise = np.random.default_rng(0).uniform(0, 1, SHAPE).astype(np.float32)
+    with pytest.raises(ScanError, match=r"x: the networks cannot draw it.*no T1w brain"):
+        made.harmonize(replace(SCAN, data=noise * SCAN.mask, name="x"), seed=0)
+
+
+# --- fit
+
+
+def test_training_sets_that_cannot_be_used():
+    kind = tiny("calamiti")
+    with pytest.raises(UsageError, match="no preset 'huge'; choose from cpu"):
+        kind.fit(VOLUMES, seed=0, training=Training("huge"))
+    with pytest.raises(ScanError, match=r"sessions with two modalities.*second modality"):
+        kind.fit([v for v in VOLUMES if v.modality == "T1w"], seed=0)
+    with pytest.raises(ScanError, match="two subjects or more"):
+        kind.fit([v for v in VOLUMES if v.subject == "01"], seed=0)
+
+
+def test_training_tells_what_it_did(method):
+    scores = method.scores()
+    json.dumps([scores, method.params()], allow_nan=False)
+    words = scores["discriminator"]
+    assert words == (
+        "knows site a" if method.name == "calamiti" else "none: this method has no discriminator"
+    )
+    assert (scores["sessions"], scores["held_out_sessions"]) == (4, 2)
+    assert scores["networks"]["networks"]["steps"] == 8
+    assert int(method._learned.networks.steps) in (4, 8)  # of the best of two looks
+    files = method.files()
+    assert set(files) == {"curves.csv", "training.png", "theta.tsv", "theta.png"}
+    assert files["theta.png"].startswith(b"\x89PNG")
+    rows = [line.split("\t") for line in files["theta.tsv"].decode().splitlines()]
+    assert sorted(row[0] for row in rows[1:]) == sorted(v.name for v in VOLUMES)
+    for row in rows[1:4]:
+        volume = next(v for v in VOLUMES if v.name == row[0])
+        assert row[1:5] == [volume.site, volume.subject, "n/a", volume.modality]
+        assert [float(v) for v in row[5:]] == pytest.approx(method.theta_of(volume), abs=1e-4)
+
+
+def test_scans_without_a_partner_and_a_single_site_are_told(caplog):
+    volumes = [*examples("a"), scan(7, "a", shape=SHAPE)]
+    with caplog.at_level("INFO", logger="bids_harmony"):
+        made = tiny("calamiti", steps=2).fit(volumes, seed=0)
+    scores = made.scores()
+    assert scores["discriminator"].startswith("left out: it needs the paired scans of two sites")
+    assert made._learned.networks.discriminator is None
+    assert len(scores["left_out"]) == 1
+    assert "sub-07_a_T1w" in scores["left_out"][0]
+    assert "sub-07_a_T1w" in caplog.text
+
+
+def test_same_seed_same_model_also_when_resumed(tmp_path):
+    """The second training goes on from the first one's checkpoint, temperature included."""
+    kind = tiny("calamiti")
+    whole = kind.fit(VOLUMES, seed=0, training=Training("cpu", folder=tmp_path / "one"))
+    half = tiny("calamiti")
+    preset = half.presets_by_name["cpu"]
+    calls = []
+    loss = calamiti.train_calamiti.__globals__["calamiti_loss"]
+
+    def dies(networks, batch, generator):
+        calls.append(int(networks.steps))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return loss(networks, batch, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(calamiti.train_calamiti.__globals__, "calamiti_loss", dies)
+        with pytest.raises(KeyboardInterrupt):
+            half.fit(VOLUMES, seed=0, training=Training("cpu", folder=tmp_path / "two"))
+        resumed = half.fit(VOLUMES, seed=0, training=Training("cpu", folder=tmp_path / "two"))
+    assert preset.plan.every == 4
+    assert calls == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
+    expected = whole.arrays()
+    for key, value in resumed.arrays().items():
+        assert np.array_equal(value, expected[key]), key
+
+
+def test_the_voxel_median_is_taken_where_the_network_is_worse(monkeypatch, method):
+    run = Trained((), 4, 0, 9.0, "all steps")
+    monkeypatch.setattr(calamiti_fusion, "train_network", lambda *args, **kwargs: run)
+    cohort_ = calamiti.cohort_of(VOLUMES, 2.0)
+    preset = type(method).presets_by_name["cpu"]
+    networks = method._learned.networks
+    fusion, _, scores = calamiti_fusion.train_fusion(
+        networks, cohort_, method._learned.side, preset, 0, Training("cpu")
+    )
+    assert fusion is None
+    assert scores["used"] == "voxel median"
+    monkeypatch.setattr(
+        calamiti_fusion, "train_network", lambda *args, **kwargs: replace(run, best=0.0)
+    )
+    fusion, _, scores = calamiti_fusion.train_fusion(
+        networks, cohort_, method._learned.side, preset, 0, Training("cpu")
+    )
+    assert fusion is not None
+    assert scores["used"] == "network"
+
+
+# --- examples, adaptation, bundle
+
+
+def test_the_wanted_theta_is_the_mean_of_the_examples(model):
+    for modality in ("T1w", "T2w"):
+        thetas = [model.theta_of(v) for v in examples("b", modality)]
+        assert model.arrays()[f"{modality}/wanted"] == pytest.approx(np.mean(thetas, axis=0))
+    assert model.contract.grid == "MNI152NLin2009aSym"
+    assert model.contract.resolution == 2.0
+
+
+def test_presets_have_their_grids():
+    kind = registry.load("calamiti")
+    assert kind.contract_for(["T1w"]).resolution == 2.0
+    assert kind.contract_for_preset(["T1w"], "paper").resolution == 1.0
+    networks = kind.presets_by_name["paper"].networks
+    assert (networks["beta_base"], networks["decoder_base"], networks["levels"]) == (8, 16, 4)
+
+
+def test_adaptation_changes_the_last_layers_of_the_encoders_alone(model):
+    before = {k: v.copy() for k, v in model.arrays().items()}
+    new = cohort({"b": (20, 21)}, shape=SHAPE)
+    new = [replace(v, site="c") for v in new]
+    adapted = model.adapted_to_site(new, seed=0)
+    assert all(np.array_equal(v, before[k]) for k, v in model.arrays().items())
+    parameters = {f"networks/{k}" for k, _ in model._learned.networks.named_parameters()}
+    after = adapted.arrays()
+    changed = {k for k in parameters if not np.array_equal(after[k], before[k])}
+    last = ("networks/beta.up.1.", "networks/beta.head.", "networks/theta.head.")
+    assert changed == {k for k in parameters if k.startswith(last)} - still(changed, parameters)
+    judge = [k for k in before if "discriminator" in k]
+    assert all(np.array_equal(after[k], before[k]) for k in judge)  # buffers too
+    assert np.array_equal(after["T1w/wanted"], before["T1w/wanted"])
+    assert len(after["T1w/thetas"]) == len(before["T1w/thetas"]) + 2
+    assert adapted.scores()["adaptation"]["sites"] == ["c"]
+    with pytest.raises(ScanError, match="two modalities"):
+        model.adapted_to_site([v for v in new if v.modality == "T1w"], seed=0)
+
+
+def still(changed, parameters):
+    """Biases before an instance norm, which have no effect and hence no gradient."""
+    return {
+        k for k in parameters - changed if k.endswith(("beta.up.1.0.bias", "beta.up.1.3.bias"))
+    }
+
+
+def test_bundle_round_trip(model, tmp_path, monkeypatch):
+    kind = registry.load(model.name)
+    monkeypatch.setattr(kind, "presets_by_name", type(model).presets_by_name)
+    made = kind.from_state(model.arrays(), model.params())
+    save_bundle(tmp_path / "m", made, meta={}, files={"theta.tsv": b"name\n"})
+    loaded = load_bundle(tmp_path / "m").method
+    assert np.array_equal(loaded.harmonize(SCAN, seed=0).data, model.harmonize(SCAN, seed=0).data)
+    assert loaded.harmonize(SCAN, seed=0).details == model.harmonize(SCAN, seed=0).details
+    assert loaded.scores() == model.scores()
+    spoiled = {k: v for k, v in model.arrays().items() if not k.startswith("networks/theta")}
+    with pytest.raises(ScanError, match="not those of the networks network"):
+        kind.from_state(spoiled, model.params())
