@@ -18,6 +18,7 @@ from bids_harmony.methods.calamiti_fusion import Stack, draw_patches  # noqa: E4
 from bids_harmony.networks import calamiti as net  # noqa: E402
 from bids_harmony.training import calamiti_losses as losses  # noqa: E402
 from bids_harmony.training.contrasts import PairDrawer, Session, full_slices  # noqa: E402
+from bids_harmony.training.fit import Plan, train_network  # noqa: E402
 from tests.contrast_brains import cohort, scan  # noqa: E402
 
 GENERATOR = torch.Generator()
@@ -167,6 +168,36 @@ def test_each_step_trains_the_discriminator_or_the_rest():
     assert int(networks.state_dict()["steps"]) == 2
 
 
+def test_a_resumed_training_goes_on_with_its_temperature(tmp_path):
+    """The counter of steps is in the checkpoint: the end is that of an uninterrupted training."""
+    drawer = PairDrawer([coded()], side=24, count=1, first="b")
+    ends, seen = [], []
+
+    def train(folder, stop):
+        torch.manual_seed(0)
+        networks = small(decay=0.05)
+
+        def loss(batch, generator):
+            seen.append(int(networks.steps))
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            return losses.calamiti_loss(networks, batch, generator)
+
+        train_network(
+            networks, name="networks", draw=drawer, loss=loss, held_out=lambda: -len(seen),
+            plan=Plan(8, 1e-3, every=4, half=False), seed=0, device="cpu", folder=folder,
+        )  # fmt: skip
+        ends.append(networks.state_dict())
+
+    train(tmp_path / "whole", None)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", 7)
+    train(tmp_path / "killed", None)
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
 def test_crossed_contrasts_are_drawn_from_the_other_anatomy(monkeypatch):
     networks, batch, seen = small(discriminator=False), batch_of(False), []
     draw = networks.draw
@@ -184,7 +215,7 @@ def test_crossed_contrasts_are_drawn_from_the_other_anatomy(monkeypatch):
 def coded(site="a", subject="01", bump=0, modalities=("T1w", "T2w")):
     """A session whose voxels tell modality, place and session."""
     shape = (20, 24, 22)
-    place = np.arange(np.prod(shape), dtype=np.float64).reshape(shape) + 1
+    place = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1
     images = {
         m: [torch.from_numpy(place + 1e5 * k + 1e6 * bump)] for k, m in enumerate(modalities)
     }
