@@ -52,7 +52,7 @@ _CPU = Preset(
     resolution=2.0,
     batch=4,
     networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4},
-    plan=Plan(6000, 2e-3, every=250, patience=10),
+    plan=Plan(5000, 2e-3, every=250, patience=10),
     fusion_plan=Plan(400, 2e-3, every=50),
     adaptation_plan=Plan(800, 5e-4, every=50),
 )
@@ -379,7 +379,7 @@ class Dewey2020(Calamiti):
     same_slice: ClassVar[bool] = True
     presets_by_name: ClassVar[Mapping[str, Preset]] = {
         # no step goes to a discriminator
-        "cpu": replace(_CPU, plan=replace(_CPU.plan, steps=4000)),
+        "cpu": replace(_CPU, plan=replace(_CPU.plan, steps=3000)),
         "paper": replace(_PAPER, plan=replace(_PAPER.plan, steps=30_000)),
     }
 
