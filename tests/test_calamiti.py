@@ -283,7 +283,7 @@ def test_training_tells_what_it_did(method):
 
 
 def test_the_forerunner_has_no_discriminator():
-    made = tiny("dewey2020", steps=2).fit(VOLUMES, seed=0)
+    made = tiny("dewey2020", steps=2).fit(examples("a"), seed=0)
     assert made.scores()["discriminator"] == "none: this method has no discriminator"
     assert made._learned.networks.discriminator is None
     assert made.contract.resolution == 2.0
