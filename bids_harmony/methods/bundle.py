@@ -30,7 +30,7 @@ from bids_harmony.methods.registry import available, load
 SCHEMA_VERSION = 1
 MODEL, WEIGHTS, README = "model.json", "weights.safetensors", "README.md"
 PICTURES = (".png", ".svg")
-SAFE_SUFFIXES = (*PICTURES, ".csv", ".json", ".txt")
+SAFE_SUFFIXES = (*PICTURES, ".csv", ".json", ".tsv", ".txt")
 _KEYS = ("schema_version", "method", "version", "contract", "params", "arrays", "weights", "meta")
 
 

@@ -1,0 +1,392 @@
+"""CALAMITI (Zuo et al., IPMI 2021), and Dewey et al. (MICCAI 2020), from which it grew.
+
+A slice is taken apart into anatomy (beta) and contrast (theta), and drawn anew with the wanted
+contrast. What the decoder cannot draw (noise, fine detail, lesions) would be lost, so not the
+drawing is given back: the scan gets the change between the brain drawn with its own theta and the
+same brain drawn with the wanted one, and of that only what is locally a straight line of its own
+intensity (`guided_transfer`). A scan that has the wanted theta already stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.imaging.change import extend_change
+from bids_harmony.imaging.guided import guided_transfer
+from bids_harmony.imaging.layout import Coarse
+from bids_harmony.imaging.model_grid import ModelGrid
+from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
+from bids_harmony.methods.calamiti_admission import Known, admit
+from bids_harmony.methods.calamiti_data import cohort_of
+from bids_harmony.methods.calamiti_drawing import (
+    draw_brain,
+    drawing_error,
+    fused,
+    side_for,
+    theta_of_brain,
+)
+from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
+from bids_harmony.methods.calamiti_learned import Learned, Preset
+from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
+from bids_harmony.methods.flow_training import on_model_grid
+from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.training.fit import Plan
+
+LOG = logging.getLogger("bids_harmony")
+TEMPLATE = "MNI152NLin2009aSym"
+_RADIUS_MM = 6.0
+_NOISE = 0.05
+_MOST_CHANGE = 0.5  # of the scale: more is invention, not harmonization
+_MANY = 0.01  # voxels at the bound that are worth a warning
+
+_CPU = Preset(
+    resolution=2.0,
+    batch=4,
+    networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4},
+    plan=Plan(5000, 2e-3, every=250, patience=10),
+    fusion_plan=Plan(400, 2e-3, every=50),
+    adaptation_plan=Plan(800, 5e-4, every=50),
+)
+_PAPER = Preset(
+    resolution=1.0,
+    batch=8,
+    networks={"beta_base": 8, "decoder_base": 16, "levels": 4, "decay": 2e-4},
+    plan=Plan(60_000, 4e-4, every=1000, patience=20),
+    fusion_plan=Plan(2000, 1e-3, every=100),
+    adaptation_plan=Plan(6000, 1e-4, every=200),
+)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A scan on the model's grid, with its theta and itself drawn across three axes.
+
+    `drawn` has the scan's own theta first, then the wanted one, if any.
+    """
+
+    grid: ModelGrid
+    image: Tensor
+    mask: Tensor
+    theta: tuple[float, float]
+    drawn: tuple[Tensor, ...]
+    error: float
+    warnings: tuple[str, ...]
+
+
+class Calamiti(NeuralMethod):
+    """CALAMITI: one set of networks for all sites; the wanted contrast is two numbers.
+
+    Trained on sessions with two modalities; applied to a scan of one of them. Every change is
+    at most 0.5 of the scale (brain roughly 0..1).
+
+    Parameters
+    ----------
+    learned
+        Networks and what is known of the training scans.
+    preset
+        With which it was trained.
+    wanted
+        By modality theta of the wanted appearance, and the names of the scans that show it;
+        empty until `towards` was called.
+    """
+
+    name: ClassVar[str] = "calamiti"
+    by_example: ClassVar[bool] = True
+    presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
+    #: Whether a discriminator makes beta alike across sites (paper, 2.2).
+    discriminator: ClassVar[bool] = True
+    #: Whether theta comes from the slice that is drawn, not from another one of the volume.
+    same_slice: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        learned: Learned,
+        preset: str,
+        wanted: Mapping[str, tuple[tuple[float, float], tuple[str, ...]]] | None = None,
+    ) -> None:
+        self._learned, self._preset = learned, preset
+        self._wanted = dict(sorted((wanted or {}).items()))
+        self._device, self._threads = "cpu", 1
+        self._files: dict[str, bytes] = {}
+
+    @classmethod
+    def contract_for(cls, modalities: Sequence[str]) -> Contract:
+        """The template's grid at 2 mm, robust scale, skull-stripped."""
+        return cls.contract_for_preset(modalities, "cpu")
+
+    @classmethod
+    def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
+        """The template's grid at the preset's voxel size."""
+        return Contract(tuple(modalities), TEMPLATE, cls._preset_named(preset).resolution)
+
+    @property
+    def contract(self) -> Contract:
+        """For the modalities of `towards`; before it, for those of the training."""
+        modalities = tuple(self._wanted) or tuple(sorted(self._learned.known))
+        return self.contract_for_preset(modalities, self._preset)
+
+    @classmethod
+    def _preset_named(cls, preset: str) -> Preset:
+        if preset not in cls.presets_by_name:
+            known = ", ".join(cls.presets_by_name)
+            raise UsageError(f"{cls.name}: no preset {preset!r}; choose from {known}")
+        return cls.presets_by_name[preset]
+
+    @classmethod
+    def fit(
+        cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """Train on the sessions of all sites that have two modalities.
+
+        Raises
+        ------
+        ScanError
+            If a scan cannot be used, no session has two modalities, or no subject can be held
+            out.
+        UsageError
+            If the preset is unknown.
+        """
+        training = training or Training()
+        preset = cls._preset_named(training.preset)
+        torch.set_num_threads(training.threads)
+        cohort = cohort_of(volumes, preset.resolution)
+        for sentence in cohort.left_out:
+            LOG.warning("left out of the training: %s", sentence)
+        learned = train_calamiti(
+            cohort, preset, seed=seed, training=training,
+            discriminator=cls.discriminator, same_slice=cls.same_slice,
+        )  # fmt: skip
+        LOG.info("discriminator: %s", learned.scores["discriminator"])
+        made = cls(learned, training.preset)
+        made._files = {
+            "curves.csv": curves_csv(learned.runs),
+            "training.png": training_png(learned.runs),
+            "theta.tsv": theta_tsv(learned.thetas),
+            "theta.png": theta_png(learned.thetas),
+        }
+        return made
+
+    def place_on(self, device: str, threads: int) -> None:
+        """Run on this device with this many CPU threads from now on."""
+        self._device, self._threads = device, threads
+        self._learned.networks.to(device)
+        if self._learned.fusion is not None:
+            self._learned.fusion.to(device)
+
+    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
+        """The same networks with the mean theta of these scans, for each of their modalities.
+
+        Scans that `harmonize` would refuse are left out, with a warning in the log.
+
+        Raises
+        ------
+        ScanError
+            If no volume can be used, or the networks do not know a modality.
+        """
+        torch.set_num_threads(self._threads)
+        found: dict[str, list[tuple[str, tuple[float, float]]]] = {}
+        refused = []
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            self._known(volume)
+            try:
+                case = self._case(volume)
+            except ScanError as error:
+                refused.append(str(error))
+                LOG.warning("no example: %s", error)
+                continue
+            for sentence in case.warnings:
+                LOG.warning("%s: %s", volume.name or "scan", sentence)
+            found.setdefault(volume.modality, []).append((volume.name, case.theta))
+        if not found:
+            why = refused[0] if refused else "no scan was given"
+            raise ScanError(f"{self.name}: no example can be used: {why}")
+        wanted = {}
+        for modality, examples in found.items():
+            one, two = np.mean([theta for _, theta in examples], axis=0).tolist()
+            wanted[modality] = ((one, two), tuple(name for name, _ in examples))
+        return self._with(self._learned, wanted)
+
+    def _with(
+        self,
+        learned: Learned,
+        wanted: Mapping[str, tuple[tuple[float, float], tuple[str, ...]]],
+    ) -> Self:
+        made = type(self)(learned, self._preset, wanted)
+        made._files = dict(self._files)
+        made.place_on(self._device, self._threads)
+        return made
+
+    def theta_of(self, volume: Volume) -> tuple[float, float]:
+        """The two numbers that describe the contrast of a scan.
+
+        Raises
+        ------
+        ScanError
+            If the mask is empty, or the brain constant or not finite.
+        """
+        _, image, mask = self._on_grid(volume)
+        return theta_of_brain(self._learned.networks, image, mask, self._side(image))
+
+    def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
+        """Make `volume` look like the scans that were given to `towards`; no noise is drawn.
+
+        Raises
+        ------
+        ScanError
+            If `towards` was not called or knows no scan of this modality, the brain is unusable,
+            or it cannot be a brain of this modality in this orientation.
+        """
+        torch.set_num_threads(self._threads)
+        self._known(volume)
+        if volume.modality not in self._wanted:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model has no example of how "
+                f"{volume.modality} scans should look; give a site or a scan with --reference"
+            )
+        wanted, names = self._wanted[volume.modality]
+        case = self._case(volume, wanted)
+        image, inside = case.image.numpy(), case.mask.numpy()
+        own, other = case.drawn
+        radius = max(round(_RADIUS_MM / self._resolution), 1)
+        asked = guided_transfer(image, (other - own).numpy(), inside, radius=radius, noise=_NOISE)
+        change = np.clip(asked, -_MOST_CHANGE, _MOST_CHANGE).astype(np.float32)
+        bounded = float((np.abs(asked[inside]) > _MOST_CHANGE).mean())
+        warnings = list(case.warnings)
+        if bounded > _MANY:
+            warnings.append(
+                f"{bounded:.0%} of the brain's voxels were to change by more than "
+                f"{_MOST_CHANGE:g} of the scale and were held there. Look at the result before "
+                "you use it."
+            )
+        details = {
+            "theta": [round(v, 4) for v in case.theta],
+            "theta_wanted": [round(v, 4) for v in wanted],
+            "examples": list(names),
+            "drawing_error": round(case.error, 4),
+            "held_out_drawing_error": round(self._learned.known[volume.modality].error, 4),
+            "fusion": "voxel median" if self._learned.fusion is None else "network",
+            "guided_radius_voxels": radius,
+            "mean_absolute_change": round(float(np.abs(change[inside]).mean()), 4),
+            "share_at_bound": round(bounded, 4),
+        }
+        data = _to_scan(volume, case.grid, change)
+        return Harmonized(data, details, tuple(warnings))
+
+    @property
+    def _resolution(self) -> float:
+        return self._preset_named(self._preset).resolution
+
+    def _known(self, volume: Volume) -> Known:
+        known = self._learned.known
+        if volume.modality not in known:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model was trained on "
+                f"{', '.join(sorted(known))} only; train it on {volume.modality} too"
+            )
+        return known[volume.modality]
+
+    def _on_grid(self, volume: Volume) -> tuple[ModelGrid, Tensor, Tensor]:
+        mask = np.asarray(volume.mask, dtype=bool)
+        if volume.data.shape != mask.shape:
+            raise ScanError(f"{volume.name or 'scan'}: image and brain mask differ in shape")
+        grid = on_model_grid(volume, self._resolution)
+        return grid, torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
+
+    def _side(self, image: Tensor) -> int:
+        return side_for(image.shape, self._learned.side, self._learned.networks.divisor)
+
+    def _case(self, volume: Volume, *wanted: tuple[float, float]) -> _Case:
+        """A scan on the model's grid, drawn with its own and the wanted thetas, and admitted."""
+        learned = self._learned
+        grid, image, mask = self._on_grid(volume)
+        side = self._side(image)
+        theta = theta_of_brain(learned.networks, image, mask, side)
+        drawn = draw_brain(learned.networks, image, mask, [theta, *wanted], side)
+        whole = tuple(fused(learned.fusion, part, mask) for part in drawn)
+        error = drawing_error(whole[0], image, mask)
+        warnings = admit(
+            learned.known, volume.modality, name=volume.name or "scan", theta=theta, error=error,
+            brain=Coarse(grid.data, grid.mask, grid.spacing),
+        )  # fmt: skip
+        return _Case(grid, image, mask, theta, whole, error, tuple(warnings))
+
+    def adapted_to_site(
+        self, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
+    ) -> Self:
+        """The last layers of both encoders trained on the paired scans of a new site alone.
+
+        Paper, 2.4. The decoder stays, so thetas from `towards` keep their meaning. With one
+        subject its own scans are the held-out ones too, which cannot show overfitting.
+
+        Raises
+        ------
+        ScanError
+            If no session has two modalities that the networks know.
+        """
+        training = replace(training or Training(), preset=self._preset)
+        torch.set_num_threads(training.threads)
+        for index in range(len(volumes)):
+            self._known(volumes[index])
+        learned = adapt_learned(
+            self._learned, volumes, self._preset_named(self._preset),
+            seed=seed, training=training, same_slice=self.same_slice,
+        )  # fmt: skip
+        return self._with(learned, self._wanted)
+
+    def files(self) -> Mapping[str, bytes]:
+        """Training curves, table and picture of theta; empty after loading."""
+        return dict(self._files)
+
+    def scores(self) -> Mapping[str, Any]:
+        """Held-out scores and facts of the training."""
+        return dict(self._learned.scores)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Weights, what is known of each modality, and the wanted thetas."""
+        thetas = {f"{m}/wanted": np.array(theta) for m, (theta, _) in self._wanted.items()}
+        return {**self._learned.arrays(), **thetas}
+
+    def params(self) -> dict[str, Any]:
+        """Preset, what was learned, and the names of the examples."""
+        examples = {modality: list(names) for modality, (_, names) in self._wanted.items()}
+        return {"preset": self._preset, "examples": examples, **self._learned.params()}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
+        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
+        wanted = {}
+        for modality, names in params["examples"].items():
+            one, two = (float(v) for v in arrays[f"{modality}/wanted"])
+            wanted[str(modality)] = ((one, two), tuple(str(name) for name in names))
+        return cls(Learned.from_state(arrays, params), str(params["preset"]), wanted)
+
+
+class Dewey2020(Calamiti):
+    """Dewey et al. 2020: without discriminator, theta from the slice that is drawn."""
+
+    name: ClassVar[str] = "dewey2020"
+    discriminator: ClassVar[bool] = False
+    same_slice: ClassVar[bool] = True
+    presets_by_name: ClassVar[Mapping[str, Preset]] = {
+        # no step goes to a discriminator
+        "cpu": replace(_CPU, plan=replace(_CPU.plan, steps=3000)),
+        "paper": replace(_PAPER, plan=replace(_PAPER.plan, steps=30_000)),
+    }
+
+
+def _to_scan(volume: Volume, grid: ModelGrid, change: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scan with the change interpolated to its own voxels; >= 0, 0 outside the mask."""
+    inside = np.asarray(volume.mask, dtype=bool)
+    scan = np.where(inside, volume.data, 0)
+    result = scan + grid.to_scan(extend_change(change, grid.mask, 3))
+    return np.where(inside, np.maximum(result, 0), 0).astype(np.float32)

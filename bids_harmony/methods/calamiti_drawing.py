@@ -1,0 +1,100 @@
+"""Whole brains through CALAMITI's networks: theta of a brain, the brain drawn with a theta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
+from bids_harmony.training.contrasts import full_slices
+from bids_harmony.training.slices import canvas_size, on_canvas
+
+_SLICES = 16  # across each axis, of which theta is the mean
+_AT_ONCE = 8
+
+
+def side_for(shape: Sequence[int], trained: int, divisor: int) -> int:
+    """Side of the canvas for a brain: that of the training, or larger where it does not fit."""
+    return canvas_size([tuple(shape), (trained, trained, trained)], (0, 1, 2), divisor)
+
+
+def theta_of_brain(
+    networks: CalamitiNetworks, image: Tensor, mask: Tensor, side: int
+) -> tuple[float, float]:
+    """Mean theta of evenly spaced slices across all three axes.
+
+    Parameters
+    ----------
+    networks
+        In eval mode, on any device.
+    image, mask
+        Shape (X, Y, Z), on the CPU; the image is 0 outside the mask.
+    side
+        Of the canvas.
+    """
+    device = networks.steps.device
+    found = []
+    for axis in range(3):
+        usable = full_slices(mask, axis)
+        chosen = np.linspace(0, len(usable) - 1, min(_SLICES, len(usable)))
+        stack = image.movedim(axis, 0)[[usable[round(i)] for i in chosen]][:, None]
+        with torch.no_grad():
+            mean, _ = networks.theta(on_canvas(stack, side, side).to(device))
+        found.append(mean.cpu())
+    one, two = torch.cat(found).double().mean(0).tolist()
+    return one, two
+
+
+def draw_brain(
+    networks: CalamitiNetworks,
+    image: Tensor,
+    mask: Tensor,
+    thetas: Sequence[tuple[float, float]],
+    side: int,
+) -> Tensor:
+    """A brain's anatomy in some contrasts, drawn slice by slice across each of the three axes.
+
+    Returns
+    -------
+    drawn
+        Shape (len(thetas), 3, X, Y, Z), on the CPU, 0 outside the mask.
+    """
+    device = networks.steps.device
+    wanted = torch.tensor(list(thetas), dtype=torch.float32, device=device)
+    drawn = torch.zeros((len(thetas), 3, *image.shape))
+    for axis in range(3):
+        stack, inside = image.movedim(axis, 0), mask.movedim(axis, 0)
+        height, width = stack.shape[1:]
+        top, left = (side - height) // 2, (side - width) // 2
+        for rows in torch.nonzero(inside.flatten(1).any(1))[:, 0].split(_AT_ONCE):
+            seen = on_canvas(stack[rows][:, None], side, side).to(device)
+            brain = on_canvas(inside[rows][:, None].float(), side, side).to(device)
+            with torch.no_grad():
+                beta = networks.applied_beta(seen, brain)
+                for index, theta in enumerate(wanted):
+                    made = networks.draw(beta, theta.expand(len(rows), -1), brain)[:, 0].cpu()
+                    made = made[:, top : top + height, left : left + width]
+                    drawn[index, axis].movedim(axis, 0)[rows] = made
+    return drawn
+
+
+def fused(fusion: FusionNetwork | None, drawn: Tensor, mask: Tensor) -> Tensor:
+    """One volume of the three of `draw_brain`, (3, X, Y, Z): network, or voxel median without."""
+    if fusion is None:
+        return drawn.median(0).values * mask
+    device = next(fusion.parameters()).device
+    with torch.no_grad():
+        return fusion(drawn[None].to(device))[0, 0].cpu() * mask
+
+
+def drawing_error(drawn: Tensor, image: Tensor, mask: Tensor) -> float:
+    """Mean absolute error of a drawn brain, relative to the scan's about its own median.
+
+    0: perfect; 1: no better than one grey value.
+    """
+    values = image[mask]
+    spread = (values - values.median()).abs().mean().clamp(min=1e-6)
+    return float((drawn[mask] - values).abs().mean() / spread)

@@ -1,0 +1,128 @@
+"""Losses of CALAMITI (Zuo et al., IPMI 2021, 2.3), with the weights of its authors' code.
+
+The paper's perceptual loss needs a network trained on photographs. In its place stands the
+difference of image gradients at three scales, which needs none and likewise asks for edges.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bids_harmony.networks.calamiti import CalamitiNetworks
+from bids_harmony.training.contrasts import PairBatch
+
+_IMAGE, _BETA, _KL, _ADVERSARIAL, _EDGES = 4.0, 0.03, 1e-7, 0.03, 0.04
+_SCALES = 3
+
+
+def masked_l1(drawn: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute difference over the mask; all shapes broadcast to that of `drawn`."""
+    return ((drawn - wanted).abs() * mask).sum() / mask.expand_as(drawn).sum().clamp(min=1)
+
+
+def edge_difference(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute difference of the gradients of images (B, C, H, W), sum over 3 scales.
+
+    Gradients are differences of neighbouring pixels along both axes; each scale is half as fine
+    as the one before (means of 2 x 2 pixels).
+    """
+    total = drawn.new_zeros(())
+    for scale in range(_SCALES):
+        if scale:
+            drawn, wanted = (functional.avg_pool2d(image, 2) for image in (drawn, wanted))
+        rest = drawn - wanted
+        total = total + rest.diff(dim=-1).abs().mean() + rest.diff(dim=-2).abs().mean()
+    return total
+
+
+def kl_to_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence of normal distributions (B, n) from the standard one, mean over B."""
+    each = 0.5 * (log_variance.exp() + mean.square() - 1 - log_variance)
+    return each.sum(1).mean()
+
+
+def same_label(logits: Tensor, label: Tensor) -> Tensor:
+    """Binary cross entropy of patch logits (B, 1, h, w) with one label (B,) for all patches."""
+    wanted = label.view(-1, 1, 1, 1).expand_as(logits)
+    return functional.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def calamiti_loss(
+    networks: CalamitiNetworks, batch: PairBatch, generator: torch.Generator
+) -> Tensor:
+    """Loss of a training step; the steps that the networks have had go up by one.
+
+    In a `judging` step the discriminator learns to tell the first site's beta, and nothing else
+    gets a gradient. In the others it stays as it is and is to take every beta for the first
+    site's.
+    """
+    networks.steps += 1
+    judge = networks.discriminator
+    if judge is not None:
+        judge.requires_grad_(bool(batch.judging))
+    count = len(batch.images)
+    mask = batch.mask.repeat_interleave(2, dim=0)
+    seen = batch.images.flatten(0, 1)[:, None]
+    known = batch.first_site.repeat_interleave(2)
+    if judge is not None and bool(batch.judging):
+        with torch.no_grad():
+            beta = networks.sampled_beta(seen, mask, generator)
+        return same_label(judge(beta), known)
+    beta = networks.sampled_beta(seen, mask, generator)
+    loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
+    if judge is not None:
+        loss = loss + _ADVERSARIAL * same_label(judge(beta), torch.ones_like(known))
+    return loss
+
+
+def adaptation_loss(
+    networks: CalamitiNetworks, batch: PairBatch, generator: torch.Generator
+) -> Tensor:
+    """Loss of a step on the scans of a new site; the discriminator is used, never trained."""
+    count = len(batch.images)
+    mask = batch.mask.repeat_interleave(2, dim=0)
+    seen = batch.images.flatten(0, 1)[:, None]
+    beta = networks.sampled_beta(seen, mask, generator)
+    loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
+    judge = networks.discriminator
+    if judge is None:
+        return loss
+    judge.eval()  # spectral norm would go on with its power iteration
+    logits = judge(beta)
+    return loss + _ADVERSARIAL * same_label(logits, torch.ones_like(logits[:, 0, 0, 0]))
+
+
+def drawing_loss(
+    networks: CalamitiNetworks, batch: PairBatch, beta: Tensor, generator: torch.Generator
+) -> Tensor:
+    """All but the adversarial term, from the anatomies (B, 2, 4, H, W) of both contrasts."""
+    mean, log_variance = networks.theta(batch.others.flatten(0, 1)[:, None])
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    theta = mean + (log_variance / 2).exp() * noise
+    crossed = batch.crossed[:, :, None, None, None]
+    chosen = torch.where(crossed, beta.flip(1), beta).flatten(0, 1)
+    mask = batch.mask.repeat_interleave(2, dim=0)
+    drawn = networks.draw(chosen, theta, mask)
+    wanted = batch.images.flatten(0, 1)[:, None] * mask
+    return (
+        _IMAGE * masked_l1(drawn, wanted, mask)
+        + _EDGES * edge_difference(drawn, wanted)
+        + _BETA * masked_l1(beta[:, 0], beta[:, 1], batch.mask)
+        + _KL * kl_to_standard(mean, log_variance)
+    )
+
+
+def pair_error(networks: CalamitiNetworks, batch: PairBatch) -> Tensor:
+    """Mean absolute error of slices drawn as they are when applied, from crossed anatomy and not.
+
+    Half of the errors are of contrasts drawn from the other contrast's anatomy; no noise.
+    """
+    mask = batch.mask.repeat_interleave(2, dim=0)
+    seen = batch.images.flatten(0, 1)[:, None]
+    theta, _ = networks.theta(batch.others.flatten(0, 1)[:, None])
+    beta = networks.applied_beta(seen, mask)
+    other = beta.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    errors = [masked_l1(networks.draw(b, theta, mask), seen, mask) for b in (beta, other)]
+    return torch.stack(errors).mean()
