@@ -19,7 +19,7 @@ from bids_harmony.methods import (  # noqa: E402
 )
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
-from bids_harmony.methods.flow_training import on_model_grid  # noqa: E402
+from bids_harmony.methods.reference_brains import on_model_grid  # noqa: E402
 from bids_harmony.training.fit import Plan, Trained  # noqa: E402
 from tests.contrast_brains import TISSUES, anatomy, cohort, scan  # noqa: E402
 
@@ -363,7 +363,7 @@ def test_adaptation_changes_the_last_layers_of_the_encoders_alone(model):
     before = {k: v.copy() for k, v in model.arrays().items()}
     new = cohort({"b": (20, 21)}, shape=SHAPE)
     new = [replace(v, site="c") for v in new]
-    adapted = model.adapted_to_site(new, seed=0)
+    adapted = model.fine_tuned(new, seed=0)
     assert all(np.array_equal(v, before[k]) for k, v in model.arrays().items())
     parameters = {f"networks/{k}" for k, _ in model._learned.networks.named_parameters()}
     after = adapted.arrays()
@@ -376,7 +376,7 @@ def test_adaptation_changes_the_last_layers_of_the_encoders_alone(model):
     assert len(after["T1w/thetas"]) == len(before["T1w/thetas"]) + 2
     assert adapted.scores()["adaptation"]["sites"] == ["c"]
     with pytest.raises(ScanError, match="two modalities"):
-        model.adapted_to_site([v for v in new if v.modality == "T1w"], seed=0)
+        model.fine_tuned([v for v in new if v.modality == "T1w"], seed=0)
 
 
 def still(changed, parameters):

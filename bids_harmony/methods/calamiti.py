@@ -37,7 +37,7 @@ from bids_harmony.methods.calamiti_drawing import (
 from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
 from bids_harmony.methods.calamiti_learned import Learned, Preset
 from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
-from bids_harmony.methods.flow_training import on_model_grid
+from bids_harmony.methods.reference_brains import on_model_grid
 from bids_harmony.methods.training_files import curves_csv, training_png
 from bids_harmony.training.fit import Plan
 
@@ -101,6 +101,7 @@ class Calamiti(NeuralMethod):
 
     name: ClassVar[str] = "calamiti"
     by_example: ClassVar[bool] = True
+    fine_tunes: ClassVar[bool] = True
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
     #: Whether a discriminator makes beta alike across sites (paper, 2.2).
     discriminator: ClassVar[bool] = True
@@ -320,7 +321,7 @@ class Calamiti(NeuralMethod):
         )  # fmt: skip
         return _Case(grid, image, mask, theta, whole, error, tuple(warnings))
 
-    def adapted_to_site(
+    def fine_tuned(
         self, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:
         """The last layers of both encoders trained on the paired scans of a new site alone.

@@ -11,8 +11,8 @@ import torch
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Volume
-from bids_harmony.methods.flow_training import on_model_grid
 from bids_harmony.methods.likelihood import usable_slices
+from bids_harmony.methods.reference_brains import on_model_grid
 from bids_harmony.training.contrasts import Session
 
 _HELD_OUT = 0.2
