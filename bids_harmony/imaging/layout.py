@@ -30,6 +30,12 @@ _NODS, _ROLLS = (-30, -15, 0, 15, 30), (-15, 0, 15)
 _SIDES = "RAS"
 
 
+def side_words(axes: str) -> str:
+    """Sides in words, such as ``right, anterior, superior`` for ``RAS``."""
+    words = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior"}
+    return ", ".join(words.get(side, "inferior") for side in axes)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Share of brain, and brightness, in the cells of a cube around the brain's centre.

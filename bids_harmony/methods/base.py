@@ -182,6 +182,14 @@ class Training:
     threads: int = 1
     folder: Path | None = None
 
+    def minutes(self, share: float) -> float | None:
+        """A part of the time limit, for one of several networks; None without a limit."""
+        return None if self.max_minutes is None else share * self.max_minutes
+
+    def below(self, name: str) -> Path | None:
+        """Folder for the checkpoints of one of several networks."""
+        return None if self.folder is None else self.folder / name
+
 
 @dataclass(frozen=True)
 class Adaptation:

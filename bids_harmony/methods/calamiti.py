@@ -97,6 +97,8 @@ class Calamiti(NeuralMethod):
     wanted
         By modality theta of the wanted appearance, and the names of the scans that show it;
         empty until `towards` was called.
+    site
+        To which the encoders were adapted, if they were.
     """
 
     name: ClassVar[str] = "calamiti"
@@ -113,8 +115,9 @@ class Calamiti(NeuralMethod):
         learned: Learned,
         preset: str,
         wanted: Mapping[str, tuple[tuple[float, float], tuple[str, ...]]] | None = None,
+        site: str | None = None,
     ) -> None:
-        self._learned, self._preset = learned, preset
+        self._learned, self._preset, self._site = learned, preset, site
         self._wanted = dict(sorted((wanted or {}).items()))
         self._device, self._threads = "cpu", 1
         self._files: dict[str, bytes] = {}
@@ -191,15 +194,21 @@ class Calamiti(NeuralMethod):
         Raises
         ------
         ScanError
-            If no volume can be used, or the networks do not know a modality.
+            If no volume can be used, or the encoders were adapted to a site: they measure the
+            theta of that site's scans only.
         """
+        if self._site is not None:
+            raise ScanError(
+                f"the model is adapted to site {self._site}: give another reference to the model "
+                "that it was adapted from, then adapt that"
+            )
         torch.set_num_threads(self._threads)
         found: dict[str, list[tuple[str, tuple[float, float]]]] = {}
         refused = []
         for index in range(len(volumes)):
             volume = volumes[index]
-            self._known(volume)
             try:
+                self._known(volume)
                 case = self._case(volume)
             except ScanError as error:
                 refused.append(str(error))
@@ -222,7 +231,7 @@ class Calamiti(NeuralMethod):
         learned: Learned,
         wanted: Mapping[str, tuple[tuple[float, float], tuple[str, ...]]],
     ) -> Self:
-        made = type(self)(learned, self._preset, wanted)
+        made = type(self)(learned, self._preset, wanted, self._site)
         made._files = dict(self._files)
         made.place_on(self._device, self._threads)
         return made
@@ -263,6 +272,11 @@ class Calamiti(NeuralMethod):
         change = np.clip(asked, -_MOST_CHANGE, _MOST_CHANGE).astype(np.float32)
         bounded = float((np.abs(asked[inside]) > _MOST_CHANGE).mean())
         warnings = list(case.warnings)
+        if self._site not in (None, volume.site):
+            warnings.append(
+                f"The model's encoders were adapted to site {self._site}; this scan is of "
+                f"{volume.site}. Use the model that was adapted from."
+            )
         if bounded > _MANY:
             warnings.append(
                 f"{bounded:.0%} of the brain's voxels were to change by more than "
@@ -332,17 +346,30 @@ class Calamiti(NeuralMethod):
         Raises
         ------
         ScanError
-            If no session has two modalities that the networks know.
+            If no session has two modalities that the networks know, the volumes are of several
+            sites, or the encoders were adapted before.
         """
         training = replace(training or Training(), preset=self._preset)
         torch.set_num_threads(training.threads)
-        for index in range(len(volumes)):
-            self._known(volumes[index])
+        usable = [i for i in range(len(volumes)) if volumes[i].modality in self._learned.known]
+        chosen = [volumes[i] for i in usable]
+        sites = sorted({volume.site for volume in chosen})
+        if len(sites) != 1 or self._site is not None:
+            raise ScanError(
+                f"{self.name} is adapted once, to scans of one site, of modalities that it knows "
+                f"({', '.join(sorted(self._learned.known))})"
+            )
         learned = adapt_learned(
-            self._learned, volumes, self._preset_named(self._preset),
+            self._learned, chosen, self._preset_named(self._preset),
             seed=seed, training=training, same_slice=self.same_slice,
         )  # fmt: skip
-        return self._with(learned, self._wanted)
+        made = self._with(learned, self._wanted)
+        made._site = sites[0]
+        made._files = {
+            "curves.csv": curves_csv(learned.runs),
+            "training.png": training_png(learned.runs),
+        }
+        return made
 
     def files(self) -> Mapping[str, bytes]:
         """Training curves, table and picture of theta; empty after loading."""
@@ -360,7 +387,12 @@ class Calamiti(NeuralMethod):
     def params(self) -> dict[str, Any]:
         """Preset, what was learned, and the names of the examples."""
         examples = {modality: list(names) for modality, (_, names) in self._wanted.items()}
-        return {"preset": self._preset, "examples": examples, **self._learned.params()}
+        return {
+            "preset": self._preset,
+            "examples": examples,
+            "site": self._site,
+            **self._learned.params(),
+        }
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
@@ -369,7 +401,9 @@ class Calamiti(NeuralMethod):
         for modality, names in params["examples"].items():
             one, two = (float(v) for v in arrays[f"{modality}/wanted"])
             wanted[str(modality)] = ((one, two), tuple(str(name) for name in names))
-        return cls(Learned.from_state(arrays, params), str(params["preset"]), wanted)
+        site = params["site"]
+        learned = Learned.from_state(arrays, params)
+        return cls(learned, str(params["preset"]), wanted, None if site is None else str(site))
 
 
 class Dewey2020(Calamiti):

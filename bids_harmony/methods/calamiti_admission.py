@@ -10,11 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.layout import Coarse, Layout
+from bids_harmony.imaging.layout import Coarse, Layout, side_words
 
-_SIDES = {
-    "R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior",
-}  # fmt: skip
 #: Above the mean error of training brains by so many standard deviations, at least by so much.
 _FLAG, _REFUSE = (4.0, 0.15), (8.0, 0.4)
 _FAR = 2.0  # theta from the modality's mean, in distances of the farthest training scan
@@ -127,7 +124,7 @@ def admit(
     if saved > 0:
         raise ScanError(
             f"{name}: the brain lies turned: what the header calls right, anterior, superior "
-            f"seems to be {', '.join(_SIDES[a] for a in axes)} (left and right may be "
+            f"seems to be {side_words(axes)} (left and right may be "
             "exchanged); correct the header's orientation"
         )
     warnings = []

@@ -11,11 +11,11 @@ import torch
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Volume
+from bids_harmony.methods.held_out import held_out
 from bids_harmony.methods.likelihood import usable_slices
 from bids_harmony.methods.reference_brains import on_model_grid
 from bids_harmony.training.contrasts import Session
 
-_HELD_OUT = 0.2
 _LEAST_OVERLAP = 0.5  # of a session's brain masks
 
 
@@ -140,22 +140,7 @@ def split_sessions(sessions: Sequence[Session]) -> tuple[list[Session], list[Ses
     at: dict[str, set[str]] = {}
     for session in sessions:
         at.setdefault(session.site, set()).add(session.subject)
-    apart: set[str] = set()
-
-    def spare(subject: str) -> bool:
-        """Whether every site keeps a subject without this one."""
-        return all(s - apart - {subject} for s in at.values() if subject in s)
-
-    def hold_out(site: str, count: int) -> None:
-        for subject in sorted(at[site] - apart, reverse=True):
-            if count > 0 and spare(subject):
-                apart.add(subject)
-                count -= 1
-
-    for site in sorted(at):
-        hold_out(site, round(_HELD_OUT * len(at[site])) - len(at[site] & apart))
-    if not apart:
-        hold_out(max(sorted(at), key=lambda s: len(at[s])), 1)
+    apart = held_out(at)
     if not apart:
         raise ScanError(
             "two subjects or more with two modalities each are needed at one of the sites, since "

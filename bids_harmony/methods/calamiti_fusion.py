@@ -13,11 +13,11 @@ from torch import Tensor
 from bids_harmony.methods.base import Training
 from bids_harmony.methods.calamiti_data import Cohort
 from bids_harmony.methods.calamiti_drawing import draw_brain, fused, theta_of_brain
-from bids_harmony.methods.calamiti_learned import Preset, limited, spread
+from bids_harmony.methods.calamiti_learned import Preset, spread
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.calamiti_losses import masked_l1
 from bids_harmony.training.contrasts import Session
-from bids_harmony.training.fit import Trained, train_network
+from bids_harmony.training.fit import Trained, train_network, weights_key
 
 LOG = logging.getLogger("bids_harmony")
 LEARNED = 12  # most sessions to learn from
@@ -78,10 +78,10 @@ def train_fusion(
         draw=draw,
         loss=loss,
         held_out=lambda: error(fusion),
-        plan=limited(preset.fusion_plan, training, 0.1),
+        plan=preset.fusion_plan.with_limit(training.minutes(0.1)),
         seed=seed,
         device=training.device,
-        folder=training.folder / "fusion" if training.folder else None,
+        folder=training.below(f"fusion-{weights_key(networks)}"),
     )
     fusion.requires_grad_(False)
     median = error(None)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bids_harmony.methods.base import Training
 from bids_harmony.methods.calamiti_admission import Known
 from bids_harmony.methods.calamiti_files import ThetaRow
 from bids_harmony.methods.tone import load_arrays, state_arrays
@@ -117,9 +116,3 @@ def spread(sessions: Sequence[Session], most: int) -> list[Session]:
     """At most so many of the sessions, evenly spaced."""
     chosen = np.linspace(0, len(sessions) - 1, min(most, len(sessions)))
     return [sessions[round(i)] for i in chosen]
-
-
-def limited(plan: Plan, training: Training, share: float) -> Plan:
-    if training.max_minutes is None:
-        return plan
-    return replace(plan, minutes=share * training.max_minutes)

@@ -24,7 +24,7 @@ from bids_harmony.methods.calamiti_drawing import (
 )
 from bids_harmony.methods.calamiti_files import ThetaRow
 from bids_harmony.methods.calamiti_fusion import LEARNED, train_fusion
-from bids_harmony.methods.calamiti_learned import Learned, Preset, limited, spread
+from bids_harmony.methods.calamiti_learned import Learned, Preset, spread
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.calamiti_losses import adaptation_loss, calamiti_loss, pair_error
 from bids_harmony.training.contrasts import PairBatch, PairDrawer, Session
@@ -74,10 +74,10 @@ def train_calamiti(
             draw=drawer,
             loss=lambda batch, generator: calamiti_loss(networks, batch, generator),
             held_out=held_out_score(networks, cohort.held_out, side, seed),
-            plan=limited(preset.plan, training, 0.8),
+            plan=preset.plan.with_limit(training.minutes(0.8)),
             seed=seed,
             device=training.device,
-            folder=training.folder / "networks" if training.folder else None,
+            folder=training.below("networks"),
         )
     }
     networks.requires_grad_(False).to(training.device)
@@ -188,7 +188,8 @@ def adapt_learned(
     """What was learned, adapted to a new site: the last layers of both encoders (paper, 2.4).
 
     Decoder, discriminator and fusion stay as they are; the discriminator goes on asking for
-    betas like the first site's. The new scans' thetas join those of the training scans.
+    betas like the first site's. The new scans' thetas join those of the training scans. Where
+    the held-out error does not fall, the encoders stay as they were.
 
     Raises
     ------
@@ -203,18 +204,23 @@ def adapt_learned(
     networks = deepcopy(learned.networks).cpu().requires_grad_(False)
     for layer in networks.last_layers():
         layer.requires_grad_(True)
+    score = held_out_score(networks, held_out, side, seed)
+    with torch.no_grad():
+        before = score()
     run = train_network(
         networks,
         name="adaptation",
         draw=PairDrawer(learn, side=side, count=preset.batch, first=None, same_slice=same_slice),
         loss=lambda batch, generator: adaptation_loss(networks, batch, generator),
-        held_out=held_out_score(networks, held_out, side, seed),
-        plan=limited(preset.adaptation_plan, training, 1.0),
+        held_out=score,
+        plan=preset.adaptation_plan.with_limit(training.max_minutes),
         seed=seed,
         device=training.device,
-        folder=training.folder / "adaptation" if training.folder else None,
+        folder=training.below("adaptation"),
     )
-    networks.requires_grad_(False)
+    helped = run.best < before
+    networks = networks if helped else deepcopy(learned.networks).cpu()
+    networks.requires_grad_(False).eval()
     rows = theta_rows(networks, sessions, side)
     known = {}
     for modality, of in learned.known.items():
@@ -222,14 +228,17 @@ def adapt_learned(
         known[modality] = replace(of, thetas=np.array([*of.thetas.tolist(), *new]))
     facts = {
         **_facts(run),
+        "held_out_before": round(before, 5),
+        "kept": "adapted encoders" if helped else "encoders as they were: the error did not fall",
         "sites": sorted({s.site for s in sessions}),
         "held_out_is_learned": alone,
         "left_out": left_out,
     }
     scores = {**learned.scores, "adaptation": facts}
     return replace(
-        learned, networks=networks, fusion=deepcopy(learned.fusion), known=known, scores=scores
-    )
+        learned, networks=networks, fusion=deepcopy(learned.fusion), known=known, scores=scores,
+        runs={"adaptation": run},
+    )  # fmt: skip
 
 
 def _facts(run: Trained) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
-from bids_harmony.imaging.layout import Coarse, Layout
+from bids_harmony.imaging.layout import Coarse, Layout, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
@@ -32,9 +32,6 @@ from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
-_SIDE_NAMES = {
-    "R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior",
-}  # fmt: skip
 _MOST_CHANGE = 0.3  # of the scale, beyond the tone: more is invention, not harmonization
 
 
@@ -306,7 +303,7 @@ class FlowMethod(NeuralMethod):
         if saved > 0:
             raise ScanError(
                 f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "
-                f"anterior, superior seems to be {', '.join(_SIDE_NAMES[a] for a in axes)} "
+                f"anterior, superior seems to be {side_words(axes)} "
                 f"(saves {saved:.2f} bits per cell; left and right may be exchanged); correct "
                 "the header's orientation"
             )

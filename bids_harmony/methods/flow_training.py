@@ -161,7 +161,7 @@ def fit_part(
         samples=preset.tone_samples,
         epochs=preset.tone_epochs,
         seed=seed,
-        minutes=_share(training, 0.2),
+        minutes=training.minutes(0.2),
     )
     LOG.info("tone: held-out error %(before).4f, corrected %(after).4f", tone_scores)
     torch.manual_seed(seed)
@@ -227,15 +227,6 @@ def _scores(
     }
 
 
-def _share(training: Training, share: float) -> float | None:
-    return None if training.max_minutes is None else share * training.max_minutes
-
-
-def _limited(plan: Plan, training: Training, share: float) -> Plan:
-    limit = _share(training, share)
-    return plan if limit is None else plan.with_limit(limit)
-
-
 def _train_harmonizer(
     harmonizer: HarmonizerUNet,
     brains: Sequence[Brain],
@@ -277,10 +268,10 @@ def _train_harmonizer(
         draw=draw,
         loss=loss,
         held_out=score,
-        plan=_limited(preset.harmonizer_plan, training, 0.4),
+        plan=preset.harmonizer_plan.with_limit(training.minutes(0.4)),
         seed=seed,
         device=training.device,
-        folder=training.folder / "harmonizer" if training.folder else None,
+        folder=training.below("harmonizer"),
     )
 
 
@@ -344,10 +335,10 @@ def _train_flow(
         draw=draw,
         loss=loss,
         held_out=score,
-        plan=_limited(preset.flow_plan, training, share),
+        plan=preset.flow_plan.with_limit(training.minutes(share)),
         seed=seed,
         device=training.device,
-        folder=training.folder / "flow" if training.folder else None,
+        folder=training.below("flow"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.imaging.layout import side_words
 from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
 from bids_harmony.methods.hail_part import (
     MOST_CHANGE,
@@ -20,14 +22,12 @@ from bids_harmony.methods.hail_part import (
     fit_part,
     intensities,
 )
-from bids_harmony.methods.hail_training import Preset
+from bids_harmony.methods.hail_training import Preset, held_out_subjects
 from bids_harmony.methods.hail_volumes import Brain, brain_of, redrawing_error, style_of
 from bids_harmony.training.fit import Plan
 
+LOG = logging.getLogger("bids_harmony")
 _GRID = "MNI152NLin2009aSym"
-_SIDES = {
-    "R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior",
-}  # fmt: skip
 _BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful
 _NEAR = 0.02  # intensity distance below which nothing needs to be said
 
@@ -114,26 +114,26 @@ class Hail(NeuralMethod):
         Raises
         ------
         ScanError
-            If a brain is unusable, or a modality has fewer than two sites to learn from.
+            If a brain is unusable, or no modality has two sites to learn from. A modality that
+            has not is left out, with a warning in the log.
         UsageError
             If the preset is unknown.
         """
         training = training or Training()
         preset = cls._preset_named(training.preset)
-        groups: dict[str, list[Volume]] = {}
-        for index in range(len(volumes)):
-            volume = volumes[index]
-            groups.setdefault(volume.modality, []).append(volume)
+        groups = _learnable(volumes)
         torch.set_num_threads(training.threads)
         parts: dict[str, Part] = {}
         files: dict[str, bytes] = {}
-        for modality, chosen in sorted(groups.items()):
+        for modality, indices in groups.items():
             share = replace(
                 training,
-                max_minutes=training.max_minutes / len(groups) if training.max_minutes else None,
-                folder=training.folder / modality if training.folder else None,
+                max_minutes=training.minutes(1 / len(groups)),
+                folder=training.below(modality),
             )
+            chosen = [volumes[i] for i in indices]  # one modality in memory at a time
             parts[modality], extra = fit_part(chosen, preset, seed, share)
+            del chosen
             files |= {f"{modality}_{name}": content for name, content in extra.items()}
         method = cls(parts, training.preset)
         method._files = files
@@ -158,26 +158,27 @@ class Hail(NeuralMethod):
         Raises
         ------
         ScanError
-            If the networks do not know a modality, or no scan of one can be used.
+            If no scan can be used. Scans that `harmonize` would refuse are left out, with a
+            warning in the log.
         """
         torch.set_num_threads(self._threads)
         found: dict[str, list[tuple[str, torch.Tensor]]] = {}
-        left_out: dict[str, str] = {}
+        left_out: list[str] = []
         for index in range(len(volumes)):
             volume = volumes[index]
-            part = self._part(volume)
             try:
+                part = self._part(volume)
                 brain = brain_of(volume)
                 self._admit(part, brain, volume)
             except ScanError as error:
-                left_out.setdefault(volume.modality, str(error))
+                left_out.append(str(error))
+                LOG.warning("no example: %s", error)
                 continue
             style = style_of(part.network, brain, part.window)
             found.setdefault(volume.modality, []).append((volume.name or "scan", style))
-        for modality in left_out.keys() - found.keys():
-            raise ScanError(f"no {modality} scan can be the example: {left_out[modality]}")
         if not found:
-            raise ScanError(f"{self.name}: no scan was given as the example")
+            why = left_out[0] if left_out else "no scan was given"
+            raise ScanError(f"{self.name}: no example can be used: {why}")
         parts = {}
         for modality, part in self._parts.items():
             shown = found.get(modality, [])
@@ -252,7 +253,7 @@ class Hail(NeuralMethod):
         if axes != "RAS":
             raise ScanError(
                 f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "
-                f"anterior, superior seems to be {', '.join(_SIDES[a] for a in axes)}; correct "
+                f"anterior, superior seems to be {side_words(axes)}; correct "
                 "the header's orientation"
             )
         limit = part.ranges["unlikeness"].refuse
@@ -296,6 +297,28 @@ class Hail(NeuralMethod):
             own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             parts[modality] = Part.from_state(own, content)
         return cls(parts, str(params["preset"]))
+
+
+def _learnable(volumes: Sequence[Volume]) -> dict[str, list[int]]:
+    """Indices of the volumes of each modality that can be learned, before any is."""
+    groups: dict[str, list[int]] = {}
+    people: dict[str, list[tuple[str, str]]] = {}
+    for index in range(len(volumes)):
+        volume = volumes[index]
+        groups.setdefault(volume.modality, []).append(index)
+        subject = volume.subject or volume.name
+        people.setdefault(volume.modality, []).append((volume.site, subject))
+    left_out: dict[str, str] = {}
+    for modality, of in people.items():
+        try:
+            held_out_subjects(of)
+        except ScanError as error:
+            left_out[modality] = f"{modality}: {error}"
+    if left_out.keys() == groups.keys():
+        raise ScanError("; ".join(left_out[m] for m in sorted(left_out)) or "hail: no scan")
+    for reason in left_out.values():
+        LOG.warning("left out of the training: %s", reason)
+    return {m: groups[m] for m in sorted(groups) if m not in left_out}
 
 
 def _doubts(

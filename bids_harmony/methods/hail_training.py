@@ -21,12 +21,12 @@ from bids_harmony.methods.hail_losses import (
     weighted,
 )
 from bids_harmony.methods.hail_volumes import Brain, brain_of, style_of
+from bids_harmony.methods.held_out import held_out
 from bids_harmony.networks.hail import HailNetwork
-from bids_harmony.training.fit import Plan, Trained, train_network
+from bids_harmony.training.fit import Plan, Trained, train_network, weights_key
 from bids_harmony.training.patches import cut_cubes, pick
 
 LOG = logging.getLogger("bids_harmony")
-_HELD_OUT = 0.2
 _CHECKS = 4  # batches of the held-out score
 _SILENT = 0.05  # of a tap's median deviation: least unit of a channel
 _PHASE_ONE = 0.4  # of a limited time
@@ -82,7 +82,7 @@ def scans_of(volumes: Sequence[Volume]) -> list[Scan]:
     Raises
     ------
     ScanError
-        If a brain is unusable, the grids differ, or not two sites have scans.
+        If a brain is unusable, or the grids differ.
     """
     scans = []
     for index in range(len(volumes)):
@@ -92,39 +92,32 @@ def scans_of(volumes: Sequence[Volume]) -> list[Scan]:
         scans.append(Scan(brain_of(volume), volume.site, label, name, volume.spacing))
     if len({tuple(scan.brain[0].shape) for scan in scans}) != 1:
         raise ScanError("the training scans are on grids of different shapes; give all on one")
-    if len({scan.site for scan in scans}) < 2:
-        raise ScanError(
-            f"hail learns from two sites or more, and all {volumes[0].modality} scans "
-            f"are of {scans[0].site}; give scans of another site, or use a method that is trained "
-            "on one"
-        )
     return scans
 
 
 def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
     """Subjects to hold out, from the (site, subject) of every scan.
 
-    The last subjects of each site in alphabetical order: one in five, rounded. At least one
-    overall, of the site with the most. A person scanned at several sites is held out at all.
+    Of each site one subject in five, the last in alphabetical order; at least one overall. A
+    subject scanned at several sites is held out at all of them, and no site is emptied.
 
     Raises
     ------
     ScanError
-        If scans of fewer than two sites would be left to learn from.
+        If there are fewer than two sites, or nobody can be held out.
     """
-    sites: dict[str, set[str]] = {}
+    at: dict[str, set[str]] = {}
     for site, subject in people:
-        sites.setdefault(site, set()).add(subject)
-    apart: set[str] = set()
-    for subjects in sites.values():
-        count = round(_HELD_OUT * len(subjects))
-        apart |= set(sorted(subjects)[len(subjects) - count :])
-    if not apart:
-        largest = max(sorted(sites), key=lambda site: len(sites[site]))
-        apart = {max(sites[largest])}
-    if sum(bool(subjects - apart) for subjects in sites.values()) < 2:
+        at.setdefault(site, set()).add(subject)
+    if len(at) < 2:
         raise ScanError(
-            "hail learns from subjects of two sites or more, and one subject is held out; give "
+            f"scans of two sites or more are needed, and all are of {', '.join(at)}; give scans "
+            "of another site, or use a method that is trained on one"
+        )
+    apart = held_out(at)
+    if not apart:
+        raise ScanError(
+            "two subjects or more are needed at one of the sites, since one is held out; give "
             "scans of more subjects"
         )
     return apart
@@ -239,10 +232,6 @@ def set_units(network: HailNetwork, styles: Sequence[Tensor]) -> None:
     network.usual.copy_(torch.cat(parts))
 
 
-def _limited(plan: Plan, training: Training, share: float) -> Plan:
-    return plan.with_limit(share * training.max_minutes) if training.max_minutes else plan
-
-
 def _train_autoencoder(
     network: HailNetwork,
     scans: Sequence[Scan],
@@ -266,10 +255,10 @@ def _train_autoencoder(
         draw=lambda generator: draw_cubes(scans, count, preset.patch, generator),
         loss=lambda batch, generator: reconstruction(network, batch),
         held_out=score,
-        plan=_limited(preset.autoencoder, training, _PHASE_ONE),
+        plan=preset.autoencoder.with_limit(training.minutes(_PHASE_ONE)),
         seed=seed,
         device=training.device,
-        folder=training.folder / "autoencoder" if training.folder else None,
+        folder=training.below("autoencoder"),
     )
 
 
@@ -306,8 +295,8 @@ def _train_transfer(
         draw=lambda generator: draw_pairs(scans, scans, styles, preset, generator),
         loss=loss,
         held_out=score,
-        plan=_limited(preset.transfer, training, 1 - _PHASE_ONE),
+        plan=preset.transfer.with_limit(training.minutes(1 - _PHASE_ONE)),
         seed=seed + 1,
         device=training.device,
-        folder=training.folder / "transfer" if training.folder else None,
+        folder=training.below(f"transfer-{weights_key(network)}"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import signal
@@ -58,8 +59,8 @@ class Plan:
     half: bool = True
 
     def with_limit(self, minutes: float | None) -> Plan:
-        """The same plan with a time limit."""
-        return replace(self, minutes=minutes)
+        """The same plan with a time limit; None leaves its own."""
+        return self if minutes is None else replace(self, minutes=minutes)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,14 @@ def _run(trainer: lightning.Trainer, module: _Module, checkpoint: Path | None) -
     except SystemExit as error:  # Lightning's answer to an interrupt, which it then ignores
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from error
+
+
+def weights_key(network: nn.Module) -> str:
+    """Checksum of a network's weights: names the folder of a training that builds on them."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _fast_half(device: str) -> bool:

@@ -1,0 +1,33 @@
+"""Who is held out of a training on several sites."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+_SHARE = 0.2
+
+
+def held_out(at: Mapping[str, Collection[str]]) -> set[str]:
+    """Subjects to hold out, from the subjects of each site.
+
+    Of each site one subject in five, the last in alphabetical order; at least one overall, if a
+    site has two. A subject scanned at several sites is held out at all of them, and no site is
+    emptied.
+    """
+    apart: set[str] = set()
+
+    def spare(subject: str) -> bool:
+        """Whether every site keeps a subject without this one."""
+        return all(set(s) - apart - {subject} for s in at.values() if subject in s)
+
+    def hold_out(site: str, count: int) -> None:
+        for subject in sorted(set(at[site]) - apart, reverse=True):
+            if count > 0 and spare(subject):
+                apart.add(subject)
+                count -= 1
+
+    for site in sorted(at):
+        hold_out(site, round(_SHARE * len(set(at[site]))) - len(set(at[site]) & apart))
+    if not apart:
+        hold_out(max(sorted(at), key=lambda s: len(set(at[s]))), 1)
+    return apart
