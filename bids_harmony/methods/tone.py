@@ -51,11 +51,14 @@ class Tone:
     doubt
         Root mean square change that the curve makes to brains of the reference domain that it
         was not learned from, which need none: how far the curve can be trusted.
+    share
+        Of the network's correction that is applied: the one that changes such brains the least.
     """
 
     quantiles: Quantiles
     network: ToneNetwork
     doubt: float = 0.0
+    share: float = 1.0
 
     def curve(self, image: Tensor, mask: Tensor, *, whole: bool = False) -> ToneCurve:
         """The curve of one brain, as far as it can be trusted (`trusted`) unless `whole`.
@@ -81,7 +84,7 @@ class Tone:
             correction = self.network(joint_histogram(matched, mask)[None])[0].double().numpy()
         targets = self.quantiles.values.double().numpy()
         knots = np.linspace(0, TOP, KNOTS)
-        y = targets + np.interp(targets, knots, correction)
+        y = targets + self.share * np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
         found = _curve(*merge_ties(plain.double().numpy(), y))
         return found if whole else self.trusted(found, values)
@@ -119,7 +122,7 @@ class Tone:
         """Everything learned, as arrays."""
         return {
             "quantiles": self.quantiles.values.numpy(),
-            "doubt": np.array([self.doubt]),
+            "doubt": np.array([self.doubt, self.share]),
             **state_arrays(self.network, "tone"),
         }
 
@@ -129,7 +132,8 @@ class Tone:
         network = ToneNetwork(hidden=len(arrays["tone/layers.0.bias"]))
         load_arrays(network, arrays, "tone")
         quantiles = Quantiles(torch.from_numpy(np.array(arrays["quantiles"])))
-        return cls(quantiles, network, float(arrays["doubt"][0]))
+        doubt, share = (float(v) for v in arrays["doubt"])
+        return cls(quantiles, network, doubt, share)
 
 
 def core(mask: Tensor) -> Tensor:
@@ -158,13 +162,14 @@ def fit_tone_model(
 ) -> tuple[Tone, dict[str, float]]:
     """Learn the tone of the reference domain.
 
-    The doubt is cross-validated over the subjects of `brains`, whose labels are `subjects`, and
-    over `held_out`: one brain of unusual tissue fractions must not decide it alone.
+    Share and doubt are cross-validated over the subjects of `brains`, whose labels are
+    `subjects`, and over `held_out`: one brain of unusual tissue fractions must not decide them
+    alone.
 
     Returns
     -------
     tone, scores
-        Held-out error before and after the correction, and doubt.
+        Held-out error before and after the correction, share and doubt.
     """
     inner, inner_held_out = ([(i, core(m)) for i, m in part] for part in (brains, held_out))
     quantiles = mean_quantiles([*inner, *inner_held_out])
@@ -175,15 +180,32 @@ def fit_tone_model(
         network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
     )
     tone = Tone(quantiles, network)
-    changes = [_change(tone, brain) for brain in held_out]
+    pairs = [(tone, brain) for brain in held_out]
     names = sorted(set(subjects))
     folds = min(_FOLDS, len(names))
     for fold in range(folds if folds > 1 else 0):
         apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
         other = Tone(quantiles, train_tone(learned.without(apart), epochs=epochs, seed=seed))
-        changes += [_change(other, brains[k]) for k in apart]
+        pairs += [(other, brains[k]) for k in apart]
+    share = _share(pairs)
+    changes = [_change(replace(other, share=share), brain) for other, brain in pairs]
     doubt = float(np.sqrt(np.mean(np.square(changes))))
-    return replace(tone, doubt=doubt), {**scores, "doubt": doubt}
+    return replace(tone, doubt=doubt, share=share), {**scores, "share": share, "doubt": doubt}
+
+
+def _share(pairs: Sequence[tuple[Tone, Brain]]) -> float:
+    """Share of the correction that brings brains nearest to themselves, by least squares.
+
+    Each brain goes with a tone that was not learned from it.
+    """
+    asked = given = 0.0
+    for tone, (image, mask) in pairs:
+        values = image[core(mask)]
+        own, plain = values.numpy(), tone.matching(values)(values.numpy())
+        moved = tone.curve(image, mask, whole=True)(own) - plain
+        asked += float(np.mean((own - plain) * moved))
+        given += float(np.mean(moved**2))
+    return float(np.clip(asked / max(given, 1e-12), 0, 1))
 
 
 def _change(tone: Tone, brain: Brain) -> float:
