@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import call, quick
 from test_neural import log, plugin  # noqa: F401 - fixtures
 
+from bids_harmony.bids.scan import Scan
+from bids_harmony.errors import UsageError
 from bids_harmony.interfaces.files import load, load_mask
 from bids_harmony.methods.bundle import load_bundle
+from bids_harmony.workflows.train import training_scans
 
 ALL = ["fit cpu None cpu 1", *(f"step {n}" for n in range(1, 6))]
 
@@ -88,7 +93,7 @@ def test_a_new_site_is_learned_and_the_reference_stays(
     work, out = trained / "work", trained / "out"
     ran = run(tiny, transforms, work, out, "train", *options)
     assert ran.code == 64
-    assert "the training of example-A saw it" in ran.err
+    assert "the training of example-A saw B" in ran.err
     sites = tiny.root / "participants.tsv"
     text = sites.read_text()
     try:
@@ -110,6 +115,44 @@ def test_a_new_site_is_learned_and_the_reference_stays(
     assert made.method.mean == before.method.mean
     assert made.method.tuned
     assert not before.method.tuned
+
+
+def test_a_reference_of_the_same_name_in_another_data_set_is_another_reference(
+    tiny, transforms, trained, log, tmp_path  # noqa: F811
+):  # fmt: skip
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained / "out" / "models" / "example-A", foreign)
+    model = foreign / "model.json"
+    content = json.loads(model.read_text())
+    for row in content["meta"]["reference_scans"]:
+        row["sha256"] = "0" * 64  # as if its site A had other scans
+    model.write_text(json.dumps(content))
+    options = ["--reference", "A", "--participant-label", "01", "--model", str(foreign)]
+    ran = run(tiny, transforms, trained / "work", tmp_path / "out", "participant", *options)
+    assert ran.code == 0, ran.out + ran.err
+    assert "networks of foreign, appearance of A" in ran.out
+    (line,) = log()
+    assert line.startswith("towards ")
+    ran = run(tiny, transforms, trained / "work", tmp_path / "out", "participant", *options)
+    assert ran.code == 0, ran.out + ran.err
+    assert not log(), "the bundle that was made is used again"
+
+
+def test_a_person_seen_at_several_sites_is_no_reference():
+    scans = [
+        Scan(Path(f"/raw/{s}.nii"), {"sub": "07", "ses": s}, "T1w", site=s) for s in ("A", "B")
+    ]
+    with pytest.raises(UsageError, match=r"several sites \(A, B\)"):
+        training_scans(scans, "sub-07")
+    assert training_scans(scans, "A") == scans[:1]
+    assert training_scans(scans, "/raw/B.nii") == scans[1:]
+
+
+def test_train_with_a_model_heeds_the_selection(tiny, transforms, trained, log):  # noqa: F811
+    ran = run(tiny, transforms, trained / "work", trained / "out", "train", "--model", "example-A",
+              "--reference", "A", "--participant-label", "01", "--name", "one")  # fmt: skip
+    assert ran.code == 0, ran.out + ran.err
+    assert log() == ["towards sub-01_T1w"]
 
 
 def test_networks_that_were_trained_anew_get_the_reference_anew(

@@ -47,7 +47,7 @@ def _check_train(config: Config) -> None:
         raise UsageError("--adapt-to needs --model, whose reference stays: leave out --reference")
     if not (config.reference or config.adapt_to):
         raise UsageError("train needs --reference SITE (or one participant or scan)")
-    if config.model and (config.preset or config.max_time):
+    if config.model and (config.preset or (config.max_time and not config.adapt_to)):
         raise UsageError("train --model takes trained networks: leave out --preset and --max-time")
     if config.reports_only or config.boilerplate_only or config.level != "full":
         raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
@@ -61,6 +61,8 @@ def _check_train(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
+    if config.model:
+        return
     card = available()[config.method or DEFAULT_METHOD]
     if card.kind != "neural" and (config.preset or config.max_time):
         raise UsageError(

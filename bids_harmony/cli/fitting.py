@@ -25,6 +25,7 @@ from bids_harmony.workflows.examples import (
     is_towards,
     name_adapted,
     name_towards,
+    shows,
 )
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.models import (
@@ -32,7 +33,6 @@ from bids_harmony.workflows.models import (
     choose_bundle,
     load_target,
     networks_for,
-    reference_words,
 )
 from bids_harmony.workflows.settings import SegmentationFile, Target
 from bids_harmony.workflows.train import (
@@ -143,9 +143,18 @@ def fit_further(
 
 
 def examples_of(context: Context, networks: Path, reference: str) -> list[Scan]:
-    """Scans whose appearance the networks of a bundle are to give."""
-    modalities = sorted(bundle_meta(networks)["training_scans"])
-    scans, problems = context.find(modalities, (), plain=True)
+    """Scans whose appearance the networks of a bundle are to give, or that they are to learn.
+
+    What narrows a participant run does not narrow them; what narrows the train level does.
+    """
+    config = context.config
+    training = config.analysis_level == "train"
+    known: Sequence[str] = sorted(bundle_meta(networks)["training_scans"])
+    scans, problems = context.find(
+        (config.modality or known) if training else known,
+        config.participant_label if training else (),
+        plain=not training,
+    )
     for problem in problems:
         LOG.warning("left out: %s", problem.message)
     return training_scans(scans, reference)
@@ -176,23 +185,24 @@ def target_of(context: Context) -> Target | None:
 
 def _bundle_of(context: Context) -> tuple[Path, str] | None:
     """The bundle of a participant run, fitted first if need be, and why it is this one."""
-    config = context.config
-    if not config.reference:
-        return choose_bundle(
-            config.out_dir, method=config.method, model=config.model, reference=None
-        )
-    networks = networks_for(
-        config.out_dir, method=config.method, model=config.model, reference=config.reference
-    )
+    config, reference = context.config, context.config.reference
+    chosen = {"method": config.method, "model": config.model}
+    if not reference:
+        return choose_bundle(config.out_dir, **chosen, reference=None)
+    networks = networks_for(config.out_dir, **chosen, reference=reference)
     if networks is None:
-        return _fitted(context, config.reference)
-    if bundle_meta(networks).get("reference") == reference_words(config.reference):
-        return networks, f"trained for {config.reference} as --reference asks"
-    return _towards(context, networks, config.reference)
+        if not _fit_first(context, reference):
+            return None
+        networks = networks_for(config.out_dir, **chosen, reference=reference)
+    if networks is None:
+        return choose_bundle(config.out_dir, **chosen, reference=reference)
+    if _shows(context, networks, reference):
+        return networks, f"trained for {reference} as --reference asks"
+    return _towards(context, networks, reference)
 
 
-def _fitted(context: Context, reference: str) -> tuple[Path, str] | None:
-    """The bundle of a reference; fitted now if it never was."""
+def _fit_first(context: Context, reference: str) -> bool:
+    """Fit the method on a reference unless that was done; False in a dry run that would."""
     config, method = context.config, context.config.method or DEFAULT_METHOD
     name = bundle_name(method, reference)
     fitted = is_bundle(config.out_dir / "models" / name)
@@ -201,28 +211,49 @@ def _fitted(context: Context, reference: str) -> tuple[Path, str] | None:
         load_method(method)
         scans = scans_to_learn_from(context, method, reference, ())
         print(f"would first fit {method} on {len(scans)} scan(s) of {reference}")
-        return None
+        return False
     _refuse_to_fit(config, name, fitted)
     with nullcontext() if fitted else one_at_a_time(config.out_dir / "models"):
-        if not is_bundle(config.out_dir / "models" / name):
+        there = is_bundle(config.out_dir / "models" / name) or networks_for(
+            config.out_dir, method=method, model=None, reference=reference
+        )  # another job may have trained meanwhile
+        if not there:
             print(f"fitting {method} on {reference} first (train level)")
             fit(context, method, reference, name, ())
-    return choose_bundle(config.out_dir, method=config.method, model=None, reference=reference)
+    return True
+
+
+def _shows(context: Context, folder: Path, reference: str) -> bool:
+    """Whether the bundle's reference is that of this data set."""
+    meta = bundle_meta(folder)
+    modalities = sorted(meta["training_scans"])
+    return shows(
+        meta, reference, lambda subjects: context.find(modalities, subjects, plain=True)[0]
+    )
 
 
 def _towards(context: Context, networks: Path, reference: str) -> tuple[Path, str] | None:
     """The bundle with the networks of another and this reference; made now if it is not there."""
     config = context.config
     folder = config.out_dir / "models" / name_towards(networks, reference)
-    there = is_towards(folder, networks)
-    if config.dry_run and not there:
+    prep = context.job(load_bundle(networks).method.contract.grid).prep
+
+    def there() -> bool:
+        return (
+            is_towards(folder, networks)
+            and bundle_meta(folder)["preprocessing"] == prep.fingerprint
+            and _shows(context, folder, reference)
+        )
+
+    made = there()
+    if config.dry_run and not made:
         scans = examples_of(context, networks, reference)
         print(f"would first give {networks.name} the appearance of {len(scans)} scan(s) "
               f"of {reference}")  # fmt: skip
         return None
-    _refuse_to_fit(config, folder.name, there)
-    with nullcontext() if there else one_at_a_time(config.out_dir / "models"):
-        if not is_towards(folder, networks):
+    _refuse_to_fit(config, folder.name, made)
+    with nullcontext() if made else one_at_a_time(config.out_dir / "models"):
+        if not there():
             print(f"giving {networks.name} the appearance of {reference} first (train level)")
             fit_further(context, networks, reference, folder.name)
     return folder, f"networks of {networks.name}, appearance of {reference} as --reference asks"

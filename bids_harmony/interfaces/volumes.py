@@ -51,7 +51,7 @@ class StoredVolumes(Sequence[Volume]):
             site=facts["site"],
             name=facts["name"],
             subject=facts["subject"],
-            session=facts.get("session", ""),  # stores of earlier versions have none
+            session=facts["session"],
         )
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bids_harmony.bids.scan import Scan
-from bids_harmony.errors import UsageError
+from bids_harmony.errors import NothingSelectedError, UsageError
+from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NeuralMethod
 from bids_harmony.methods.bundle import bundle_meta, is_bundle, load_bundle, save_bundle
 from bids_harmony.workflows.cohort import Outcome
-from bids_harmony.workflows.models import bundle_name
+from bids_harmony.workflows.models import bundle_name, reference_words
 from bids_harmony.workflows.settings import Job
-from bids_harmony.workflows.train import Fit, reference_meta, reference_volumes
+from bids_harmony.workflows.train import (
+    Fit,
+    memory_in_words,
+    reference_meta,
+    reference_volumes,
+    seen_meta,
+    training_folder,
+    training_scans,
+)
 from bids_harmony.workflows.volumes import store_volumes
+
+_LOOKED = 8
 
 
 def name_towards(networks: Path, reference: str, /) -> str:
@@ -34,6 +45,38 @@ def is_towards(folder: Path, networks: Path) -> bool:
     source = load_bundle(networks)
     theirs = source.meta.get("networks", {}).get("hash", source.hash)
     return bool(bundle_meta(folder).get("networks", {}).get("hash") == theirs)
+
+
+def shows(
+    meta: Mapping[str, Any], reference: str, find: Callable[[Sequence[str]], list[Scan]]
+) -> bool:
+    """Whether a bundle's reference is the one of this data set, not another of the same name.
+
+    At most eight of the scans it was made from are looked at, so that it costs no more in a large
+    cohort. Scans that came later do not matter.
+
+    Parameters
+    ----------
+    meta
+        Of the bundle.
+    reference
+        As the user named it.
+    find
+        Finds the scans of some participants.
+    """
+    known = meta.get("reference_scans", [])
+    if meta.get("reference") != reference_words(reference) or not known:
+        return False
+    looked = known[:: -(-len(known) // _LOOKED)]
+    try:
+        scans = find(sorted({row["subject"] for row in looked}))
+        there = {scan.stem: scan for scan in training_scans(scans, reference)}
+        return all(
+            row["name"] in there and sha256(there[row["name"]].path) == row["sha256"]
+            for row in looked
+        )
+    except (NothingSelectedError, UsageError, OSError):
+        return False  # a participant or the site is not in this data set
 
 
 def bundle_towards(
@@ -73,7 +116,9 @@ def bundle_towards(
         )
     stems, outcomes = store_volumes(scans, method.contract, fit.grid_file, job, on_outcome)
     wanted = reference_volumes(scans, stems, fit.reference)
-    model = method.towards(wanted, seed=job.prep.seed)
+    method.place_on(fit.training.device, fit.training.threads)
+    with memory_in_words(fit):
+        model = method.towards(wanted, seed=job.prep.seed)
     mine = reference_meta(wanted, fit, job.prep)
     source = bundle.meta.get("networks", {"name": networks.name, "hash": bundle.hash})
     scores = {**bundle.meta.get("scores", {}), **mine["scores"]}
@@ -114,13 +159,23 @@ def bundle_fine_tuned(
     method = bundle.method
     if not (isinstance(method, NeuralMethod) and method.fine_tunes):
         raise UsageError(f"--adapt-to: {method.name} cannot learn a new site after its training")
-    if fit.reference in bundle.meta.get("training_sites", ()):
-        raise UsageError(f"--adapt-to {fit.reference}: the training of {networks.name} saw it")
     stems, outcomes = store_volumes(scans, method.contract, fit.grid_file, job, on_outcome)
     volumes = reference_volumes(scans, stems, fit.reference)
-    model = method.fine_tuned(volumes, seed=job.prep.seed, training=fit.training)
-    learned = {"site": fit.reference, "scans": len(volumes), **model.scores()}
-    meta = {**bundle.meta, "name": fit.name, "fine_tuned": learned}
-    meta.pop("networks", None)  # they are its own now
+    method.place_on(fit.training.device, fit.training.threads)
+    seen, new = bundle.meta, seen_meta(volumes)
+    if known := set(new["training_sites"]) & set(seen.get("training_sites", ())):
+        raise UsageError(f"--adapt-to: the training of {networks.name} saw {', '.join(known)}")
     folder = job.place.out_dir / "models" / fit.name
-    return save_bundle(folder, model, meta=meta, files=model.files()), outcomes
+    with training_folder(fit, stems, job, bundle.hash) as training, memory_in_words(fit):
+        model = method.fine_tuned(volumes, seed=job.prep.seed, training=training)
+        meta = {
+            **seen,
+            **{key: sorted({*seen.get(key, ()), *new[key]}) for key in ("training_sites",
+                                                                        "training_subjects")},
+            "name": fit.name,
+            "fine_tuned": {"site": fit.reference, "scans": len(volumes)},
+            "scores": {**seen.get("scores", {}), **model.scores()},
+        }  # fmt: skip
+        meta.pop("networks", None)  # they are its own now
+        save_bundle(folder, model, meta=meta, files=model.files())
+    return folder, outcomes

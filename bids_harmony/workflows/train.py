@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,19 @@ def training_scans(scans: Sequence[Scan], reference: str) -> list[Scan]:
     ------
     NothingSelectedError
         If neither a site, a participant nor a scan of the data set has this name.
+    UsageError
+        If the participant was scanned at several sites.
     """
     path, subject = Path(reference).absolute(), reference.removeprefix("sub-")
-    chosen = (
-        [s for s in scans if s.site == reference]
-        or [s for s in scans if s.path == path]
-        or [s for s in scans if s.subject == subject]
-    )
+    chosen = [s for s in scans if s.site == reference] or [s for s in scans if s.path == path]
+    if not chosen:
+        chosen = [s for s in scans if s.subject == subject]
+        sites = ", ".join(sorted({s.site for s in chosen}))
+        if len({s.site for s in chosen}) > 1:
+            raise UsageError(
+                f"--reference {reference}: this participant was scanned at several sites "
+                f"({sites}); name one of the scans by its path"
+            )
     if not chosen:
         sites = ", ".join(sorted({s.site for s in scans}))
         raise NothingSelectedError(
@@ -111,24 +119,38 @@ def fit_reference(
     contract = contract_while_fitting(kind, modalities, fit.training.preset)
     stems, outcomes = store_volumes(scans, contract, fit.grid_file, job, on_outcome)
     volumes, wanted = StoredVolumes(stems), reference_volumes(scans, stems, fit.reference)
-    meta = {**reference_meta(wanted, fit, job.prep), **_seen(volumes, job.prep)}
+    meta = {**reference_meta(wanted, fit, job.prep), **seen_meta(volumes), "seed": job.prep.seed}
     folder = job.place.out_dir / "models" / fit.name
     if not issubclass(kind, NeuralMethod):
         return save_bundle(folder, kind.fit(volumes, seed=job.prep.seed), meta=meta), outcomes
-    scratch = job.place.work_dir / "training" / _training_key(fit, stems, job.prep)
-    with one_at_a_time(scratch.parent, scratch.name):
-        scratch.mkdir(parents=True, exist_ok=True)
-        training = replace(fit.training, folder=scratch)
-        model = _train(kind, volumes, job.prep.seed, training)
-        files = model.files()
-        if kind.by_example:
-            model = model.towards(wanted, seed=job.prep.seed)
+    with training_folder(fit, stems, job) as training:
+        with memory_in_words(fit):
+            model = kind.fit(volumes, seed=job.prep.seed, training=training)
+            files = model.files()
+            if kind.by_example:
+                model.place_on(training.device, training.threads)
+                model = model.towards(wanted, seed=job.prep.seed)
         meta["scores"] |= model.scores()
         meta["training"] = {"preset": training.preset, "device": training.device}
         save_bundle(folder, model, meta=meta, files=files)
+    return folder, outcomes
+
+
+@contextmanager
+def training_folder(
+    fit: Fit, stems: Sequence[Path], job: Job, networks: str = ""
+) -> Iterator[Training]:
+    """How to train, with a folder for checkpoints that no other job uses meanwhile.
+
+    It is named by all that decides the training: one that was killed goes on under the same name.
+    `networks` is the checksum of those that are trained on, if any.
+    """
+    scratch = job.place.work_dir / "training" / _training_key(fit, stems, job.prep, networks)
+    with one_at_a_time(scratch.parent, scratch.name):
+        scratch.mkdir(parents=True, exist_ok=True)
+        yield replace(fit.training, folder=scratch)
         if job.clean:
             shutil.rmtree(scratch, ignore_errors=True)
-    return folder, outcomes
 
 
 def reference_volumes(
@@ -149,22 +171,21 @@ def reference_volumes(
     return StoredVolumes(wanted)
 
 
-def _train(
-    kind: type[NeuralMethod], volumes: StoredVolumes, seed: int, training: Training
-) -> NeuralMethod:
-    """Train; memory that runs out is told in one line."""
+@contextmanager
+def memory_in_words(fit: Fit) -> Iterator[None]:
+    """Memory that runs out in a training is told in one line."""
     try:
-        return kind.fit(volumes, seed=seed, training=training)
+        yield
     except (MemoryError, RuntimeError) as error:  # of a GPU: a RuntimeError
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
             raise
         raise HarmonyError(
-            f"training {kind.name} with the preset {training.preset} ran out of memory on "
-            f"{training.device}; take a smaller preset, another --device or a larger machine"
+            f"training {fit.method} with the preset {fit.training.preset} ran out of memory on "
+            f"{fit.training.device}; take a smaller preset, another --device or a larger machine"
         ) from error
 
 
-def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing) -> str:
+def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing, networks: str) -> str:
     """Checksum of all that decides a training: one that was killed goes on under the same key.
 
     The time limit, the device and the number of threads may change on the way.
@@ -173,6 +194,7 @@ def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing) -> str:
         [sha256(f"{stem}{end}") for end in ("_scaled.nii", "_mask.nii", ".json")] for stem in stems
     ]
     words = [fit.method, fit.training.preset, prep.seed, __version__, parts]
+    words += [networks] if networks else []
     digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     return f"{fit.method}-{digest}"
 
@@ -194,6 +216,10 @@ def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dic
     return {
         "name": fit.name,
         "reference": reference_words(fit.reference),
+        "reference_scans": [
+            {"name": f["name"], "subject": f["subject"], "sha256": f["key"]["InputSHA256"]}
+            for f in volumes.facts
+        ],
         "preprocessing": prep.fingerprint,
         "scores": {"mean Wasserstein distance of a training scan to their mean": spread},
         "output_scale": {m: median_scale(s).to_dict() for m, s in scales.items()},
@@ -201,14 +227,10 @@ def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dic
     }
 
 
-def _seen(volumes: StoredVolumes, prep: Preprocessing) -> dict[str, Any]:
-    """What the bundle says of its training."""
-    count: dict[str, int] = {}
-    for facts in volumes.facts:
-        count[facts["modality"]] = count.get(facts["modality"], 0) + 1
+def seen_meta(volumes: StoredVolumes) -> dict[str, Any]:
+    """What the bundle says of the scans that its training has seen."""
     return {
         "training_sites": sorted({f["site"] for f in volumes.facts}),
         "training_subjects": sorted({f["subject"] for f in volumes.facts}),
-        "training_scans": count,
-        "seed": prep.seed,
+        "training_scans": dict(sorted(Counter(f["modality"] for f in volumes.facts).items())),
     }

@@ -53,7 +53,12 @@ def store_volumes(
     folder.mkdir(parents=True, exist_ok=True)
     given = {s.stem: find_given(s, job.folders, job.prep, job.place.out_dir) for s in scans}
     keys = {
-        s.stem: {**key, "Site": s.site, "Given": given_files(given[s.stem], job.place.out_dir)}
+        s.stem: {
+            **key,
+            "Site": s.site,
+            "Session": s.session or "",
+            "Given": given_files(given[s.stem], job.place.out_dir),
+        }
         for s in scans
     }
     todo = [s for s in scans if not _is_stored(folder / s.stem, s, keys[s.stem])]
