@@ -374,7 +374,17 @@ def test_adaptation_changes_the_last_layers_of_the_encoders_alone(model):
     assert all(np.array_equal(after[k], before[k]) for k in judge)  # buffers too
     assert np.array_equal(after["T1w/wanted"], before["T1w/wanted"])
     assert len(after["T1w/thetas"]) == len(before["T1w/thetas"]) + 2
-    assert adapted.scores()["adaptation"]["sites"] == ["c"]
+    scores = adapted.scores()["adaptation"]
+    assert scores["sites"] == ["c"]
+    assert scores["held_out"] < scores["held_out_before"]
+    with pytest.raises(ScanError, match="adapted to site c: give another reference"):
+        adapted.towards(new, seed=0)
+    with pytest.raises(ScanError, match="adapted once, to scans of one site"):
+        adapted.fine_tuned(new, seed=0)
+    again = type(model).from_state(adapted.arrays(), adapted.params())
+    warned = [" ".join(m.harmonize(SCAN, seed=0).warnings) for m in (again, model)]
+    assert "adapted to site c" in warned[0]
+    assert "adapted" not in warned[1]
     with pytest.raises(ScanError, match="two modalities"):
         model.fine_tuned([v for v in new if v.modality == "T1w"], seed=0)
 

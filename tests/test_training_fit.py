@@ -262,6 +262,14 @@ def test_several_tasks_of_slurm_are_one_process(monkeypatch):
     assert Toy().train().steps == 120
 
 
+def test_the_key_of_weights_is_that_of_the_weights_alone():
+    torch.manual_seed(1)
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    assert fit.weights_key(first) != fit.weights_key(second)
+    second.load_state_dict(first.state_dict())
+    assert fit.weights_key(first) == fit.weights_key(second)
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
 def test_half_precision_is_used_where_the_processor_has_it():
     """PyTorch says yes to processors, too, on which it imitates bfloat16 at twice the time."""
