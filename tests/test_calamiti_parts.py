@@ -430,3 +430,14 @@ def test_contour_lies_two_deviations_from_the_mean():
     far = contour(points) - points.mean(0)
     squared = np.einsum("ni,ij,nj->n", far, np.linalg.inv(np.cov(points.T)), far)
     assert squared == pytest.approx(4)
+
+
+def test_networks_that_learned_too_little_say_so():
+    cells = [np.random.default_rng(k).random((2, 12, 12, 12)) for k in range(3)]
+    ball = np.indices((24, 24, 24)) - 11.5
+    mask = (ball**2).sum(0) < 100
+    brain = Coarse(mask.astype(np.float32), mask, (2.0, 2.0, 2.0))
+    for error, told in ((0.3, False), (0.9, True)):
+        known = Known(np.zeros((3, 2)), error, 0.05, Layout.of(cells))
+        found = admit({"T1w": known}, "T1w", name="x", theta=(0.0, 0.0), error=error, brain=brain)
+        assert any("train them for longer" in sentence for sentence in found) == told

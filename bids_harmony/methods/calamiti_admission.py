@@ -14,6 +14,7 @@ from bids_harmony.imaging.layout import Coarse, Layout, side_words
 
 #: Above the mean error of training brains by so many standard deviations, at least by so much.
 _FLAG, _REFUSE = (4.0, 0.15), (8.0, 0.4)
+_UNLEARNED = 0.7  # error of held-out scans above which the networks have learned too little
 _FAR = 2.0  # theta from the modality's mean, in distances of the farthest training scan
 _OTHER = 0.5  # theta this much nearer to a scan of another modality than to one of its own
 
@@ -128,6 +129,11 @@ def admit(
             "exchanged); correct the header's orientation"
         )
     warnings = []
+    if own.error > _UNLEARNED:
+        warnings.append(
+            f"The networks draw their own held-out {modality} scans hardly better than one grey "
+            f"value (error {own.error:.2f}, a grey brain has 1): train them for longer."
+        )
     if error > own.flag:
         warnings.append(
             f"Unlike the scans that the networks learned from: drawn with an error of {error:.2f},"

@@ -29,6 +29,7 @@ from bids_harmony.training.fit import Plan
 LOG = logging.getLogger("bids_harmony")
 _GRID = "MNI152NLin2009aSym"
 _BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful
+_UNLEARNED = 0.7  # error of held-out scans above which the network has learned too little
 _NEAR = 0.02  # intensity distance below which nothing needs to be said
 
 # At 2 mm one level fewer than at 1 mm: the deepest features then lie as close together, 8 mm.
@@ -326,6 +327,11 @@ def _doubts(
 ) -> list[str]:
     """Sentences for the report where the result may be wrong."""
     found = []
+    if part.ranges["redrawing_error"].mean > _UNLEARNED:
+        found.append(
+            "The network redraws its own held-out scans hardly better than one grey value (error "
+            f"{part.ranges['redrawing_error'].mean:.2f}, a grey brain has 1): train it for longer."
+        )
     if facts["redrawing_error"] > part.ranges["redrawing_error"].flag:
         found.append(
             f"The network redraws this scan badly (error {facts['redrawing_error']:.2f}, held-out "
