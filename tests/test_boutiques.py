@@ -13,7 +13,7 @@ import pytest
 from bids_harmony._version import __version__
 from bids_harmony.cli.boutiques import descriptor, error_codes
 from bids_harmony.cli.parser import LEVELS, build_parser, parse_args
-from bids_harmony.errors import ExitCode, UsageError
+from bids_harmony.errors import ExitCode
 from bids_harmony.methods.registry import available
 
 PARSER = build_parser()
@@ -110,7 +110,7 @@ def value_of(entry, default):
 
 
 STOPS = {"Help", "ToolVersion", "BidsExecSpec", "ConfigFile"}
-TRAIN = {"Name", "Preset", "MaxTime"}
+TRAIN = {"Name", "Preset", "MaxTime", "AdaptTo"}
 BASE = {"InputDataset": "raw", "OutputLocation": "out", "AnalysisLevel": "participant"}
 
 
@@ -127,12 +127,10 @@ def test_the_parser_understands_what_boutiques_would_run(name):
     assert found == ([] if name == "CleanWorkdir" else [setting])
 
 
-def test_inputs_that_exclude_each_other_do_so_on_the_command_line():
+def test_inputs_that_exclude_each_other():
     by_name = {group["id"]: group["members"] for group in DESCRIPTOR["groups"]}
-    assert by_name["ModelOrReference"] == ["Model", "Reference"]
-    assert by_name["CleanWorkdirOrNoCleanWorkdir"] == ["CleanWorkdir", "NoCleanWorkdir"]
-    with pytest.raises(UsageError):
-        parse_args(command({**BASE, "Model": "a", "Reference": "b"}))
+    # a model may be given with a reference: methods by example take its networks
+    assert by_name == {"CleanWorkdirOrNoCleanWorkdir": ["CleanWorkdir", "NoCleanWorkdir"]}
 
 
 def test_exit_codes():

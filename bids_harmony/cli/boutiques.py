@@ -194,7 +194,7 @@ def _groups(names: set[str]) -> list[dict[str, Any]]:
             "members": [first, second],
             "mutually-exclusive": True,
         }
-        for first, second in [("Model", "Reference"), *pairs]
+        for first, second in pairs
     ]
 
 

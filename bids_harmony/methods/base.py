@@ -68,11 +68,11 @@ class Volume:
         For messages, e.g. ``sub-01_T1w``.
     subject
         Label of the participant, so that training can be split by subject; empty when unknown.
+    axes
+        Side to which each array axis runs: R or L, A or P, S or I.
     session
         Label of the session; scans of one subject and session show the same anatomy. Empty when
         there is none.
-    axes
-        Side to which each array axis runs: R or L, A or P, S or I.
     """
 
     data: FloatArray
@@ -82,8 +82,8 @@ class Volume:
     site: str = "n/a"
     name: str = ""
     subject: str = ""
-    session: str = ""
     axes: tuple[str, str, str] = ("R", "A", "S")
+    session: str = ""
 
 
 @dataclass(frozen=True)
