@@ -538,6 +538,16 @@ def test_files_and_scores(fitted):
     json.dumps(scores, allow_nan=False)
 
 
+def test_a_network_that_learned_too_little_says_so(model, scan):
+    part = model._parts["T1w"]
+    for mean, told in ((0.3, False), (0.9, True)):
+        range_ = replace(part.ranges["redrawing_error"], mean=mean, flag=9.0, refuse=9.0)
+        ranges = {**part.ranges, "redrawing_error": range_}
+        made = type(model)({"T1w": replace(part, ranges=ranges)}, "cpu")
+        warnings = " ".join(made.harmonize(scan, seed=0).warnings)
+        assert ("train it for longer" in warnings) == told
+
+
 def test_what_cannot_be_is_refused(fitted, model, scan):
     with pytest.raises(ScanError, match="not shown how T1w scans should look; give it examples"):
         fitted.harmonize(scan, seed=0)
