@@ -11,15 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bids_harmony.errors import UsageError
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
 NATIVE_GRID = "native"
+_Preset = TypeVar("_Preset")
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,20 @@ class Adaptation:
 
     arrays: Mapping[str, NDArray[Any]]
     details: Mapping[str, Any]
+
+
+def preset_named(method: str, presets: Mapping[str, _Preset], name: str) -> _Preset:
+    """One of a method's presets.
+
+    Raises
+    ------
+    UsageError
+        If it is unknown.
+    """
+    if name not in presets:
+        known = ", ".join(presets)
+        raise UsageError(f"{method}: no preset {name!r}; choose from {known}")
+    return presets[name]
 
 
 class NeuralMethod(Method):

@@ -176,6 +176,17 @@ def bundle_method(folder: Path) -> str:
     return str(_parse(folder / MODEL, _read(folder / MODEL))["method"])
 
 
+def bundle_hash(folder: Path) -> str:
+    """The bundle's checksum, as in `LoadedBundle`, without loading its method.
+
+    Raises
+    ------
+    MissingInputError
+        If the folder or one of its files does not exist.
+    """
+    return hashlib.sha256(_read(folder / MODEL) + _read(folder / WEIGHTS)).hexdigest()
+
+
 def bundle_meta(folder: Path) -> dict[str, Any]:
     """What `save_bundle` was told of a bundle, without loading its method.
 

@@ -19,12 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
-from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
+from bids_harmony.methods.base import (
+    Contract,
+    Harmonized,
+    NeuralMethod,
+    Training,
+    Volume,
+    preset_named,
+)
 from bids_harmony.methods.calamiti_admission import Known, admit
 from bids_harmony.methods.calamiti_data import cohort_of
 from bids_harmony.methods.calamiti_drawing import (
@@ -130,20 +137,17 @@ class Calamiti(NeuralMethod):
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
         """The template's grid at the preset's voxel size."""
-        return Contract(tuple(modalities), TEMPLATE, cls._preset_named(preset).resolution)
+        return Contract(
+            tuple(modalities),
+            TEMPLATE,
+            preset_named(cls.name, cls.presets_by_name, preset).resolution,
+        )
 
     @property
     def contract(self) -> Contract:
         """For the modalities of `towards`; before it, for those of the training."""
         modalities = tuple(self._wanted) or tuple(sorted(self._learned.known))
         return self.contract_for_preset(modalities, self._preset)
-
-    @classmethod
-    def _preset_named(cls, preset: str) -> Preset:
-        if preset not in cls.presets_by_name:
-            known = ", ".join(cls.presets_by_name)
-            raise UsageError(f"{cls.name}: no preset {preset!r}; choose from {known}")
-        return cls.presets_by_name[preset]
 
     @classmethod
     def fit(
@@ -160,7 +164,7 @@ class Calamiti(NeuralMethod):
             If the preset is unknown.
         """
         training = training or Training()
-        preset = cls._preset_named(training.preset)
+        preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         torch.set_num_threads(training.threads)
         cohort = cohort_of(volumes, preset.resolution)
         for sentence in cohort.left_out:
@@ -299,7 +303,7 @@ class Calamiti(NeuralMethod):
 
     @property
     def _resolution(self) -> float:
-        return self._preset_named(self._preset).resolution
+        return preset_named(self.name, self.presets_by_name, self._preset).resolution
 
     def _known(self, volume: Volume) -> Known:
         known = self._learned.known
@@ -360,7 +364,7 @@ class Calamiti(NeuralMethod):
                 f"({', '.join(sorted(self._learned.known))})"
             )
         learned = adapt_learned(
-            self._learned, chosen, self._preset_named(self._preset),
+            self._learned, chosen, preset_named(self.name, self.presets_by_name, self._preset),
             seed=seed, training=training, same_slice=self.same_slice,
         )  # fmt: skip
         made = self._with(learned, self._wanted)

@@ -137,10 +137,7 @@ def split_sessions(sessions: Sequence[Session]) -> tuple[list[Session], list[Ses
     ScanError
         If there are fewer than two subjects, or nobody can be held out.
     """
-    at: dict[str, set[str]] = {}
-    for session in sessions:
-        at.setdefault(session.site, set()).add(session.subject)
-    apart = held_out(at)
+    apart = held_out((session.site, session.subject) for session in sessions)
     if not apart:
         raise ScanError(
             "two subjects or more with two modalities each are needed at one of the sites, since "

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.layout import Coarse, Layout, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
@@ -24,6 +24,7 @@ from bids_harmony.methods.base import (
     NeuralMethod,
     Training,
     Volume,
+    preset_named,
 )
 from bids_harmony.methods.flow_training import Part, Preset, fit_part
 from bids_harmony.methods.likelihood import bits_of_brain, smoothed
@@ -106,10 +107,7 @@ class FlowMethod(NeuralMethod):
     ) -> Self:
         """Train tone, networks and flow for each modality; one subject in five is held out."""
         training = training or Training()
-        if training.preset not in cls.presets_by_name:
-            known = ", ".join(cls.presets_by_name)
-            raise UsageError(f"{cls.name}: no preset {training.preset!r}; choose from {known}")
-        preset = cls.presets_by_name[training.preset]
+        preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         groups: dict[str, list[int]] = {}
         for index in range(len(volumes)):
             groups.setdefault(volumes[index].modality, []).append(index)

@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import side_words
-from bids_harmony.methods.base import Contract, Harmonized, NeuralMethod, Training, Volume
+from bids_harmony.methods.base import (
+    Contract,
+    Harmonized,
+    NeuralMethod,
+    Training,
+    Volume,
+    preset_named,
+)
 from bids_harmony.methods.hail_part import (
     MOST_CHANGE,
     Drawing,
@@ -98,7 +105,11 @@ class Hail(NeuralMethod):
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
         """The template grid at the preset's resolution, robust scale, skull-stripped."""
-        return Contract(tuple(modalities), _GRID, cls._preset_named(preset).resolution)
+        return Contract(
+            tuple(modalities),
+            _GRID,
+            preset_named(cls.name, cls.presets_by_name, preset).resolution,
+        )
 
     @property
     def contract(self) -> Contract:
@@ -121,7 +132,7 @@ class Hail(NeuralMethod):
             If the preset is unknown.
         """
         training = training or Training()
-        preset = cls._preset_named(training.preset)
+        preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         groups = _learnable(volumes)
         torch.set_num_threads(training.threads)
         parts: dict[str, Part] = {}
@@ -139,13 +150,6 @@ class Hail(NeuralMethod):
         method = cls(parts, training.preset)
         method._files = files
         return method
-
-    @classmethod
-    def _preset_named(cls, name: str) -> Preset:
-        if name not in cls.presets_by_name:
-            known = ", ".join(cls.presets_by_name)
-            raise UsageError(f"{cls.name}: no preset {name!r}; choose from {known}")
-        return cls.presets_by_name[name]
 
     def place_on(self, device: str, threads: int) -> None:
         """Run on this device with this many CPU threads from now on."""

@@ -106,15 +106,13 @@ def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
     ScanError
         If there are fewer than two sites, or nobody can be held out.
     """
-    at: dict[str, set[str]] = {}
-    for site, subject in people:
-        at.setdefault(site, set()).add(subject)
-    if len(at) < 2:
+    sites = sorted({site for site, _ in people})
+    if len(sites) < 2:
         raise ScanError(
-            f"scans of two sites or more are needed, and all are of {', '.join(at)}; give scans "
-            "of another site, or use a method that is trained on one"
+            f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
+            "scans of another site, or use a method that is trained on one"
         )
-    apart = held_out(at)
+    apart = held_out(people)
     if not apart:
         raise ScanError(
             "two subjects or more are needed at one of the sites, since one is held out; give "

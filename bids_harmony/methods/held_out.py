@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable
 
 _SHARE = 0.2
 
 
-def held_out(at: Mapping[str, Collection[str]]) -> set[str]:
-    """Subjects to hold out, from the subjects of each site.
+def held_out(people: Iterable[tuple[str, str]]) -> set[str]:
+    """Subjects to hold out, from the (site, subject) of every scan.
 
     Of each site one subject in five, the last in alphabetical order; at least one overall, if a
     site has two. A subject scanned at several sites is held out at all of them, and no site is
     emptied.
     """
+    at: dict[str, set[str]] = {}
+    for site, subject in people:
+        at.setdefault(site, set()).add(subject)
     apart: set[str] = set()
 
     def spare(subject: str) -> bool:
         """Whether every site keeps a subject without this one."""
-        return all(set(s) - apart - {subject} for s in at.values() if subject in s)
+        return all(s - apart - {subject} for s in at.values() if subject in s)
 
     def hold_out(site: str, count: int) -> None:
-        for subject in sorted(set(at[site]) - apart, reverse=True):
+        for subject in sorted(at[site] - apart, reverse=True):
             if count > 0 and spare(subject):
                 apart.add(subject)
                 count -= 1
 
     for site in sorted(at):
-        hold_out(site, round(_SHARE * len(set(at[site]))) - len(set(at[site]) & apart))
+        hold_out(site, round(_SHARE * len(at[site])) - len(at[site] & apart))
     if not apart:
-        hold_out(max(sorted(at), key=lambda s: len(set(at[s]))), 1)
+        hold_out(max(sorted(at), key=lambda s: len(at[s])), 1)
     return apart

@@ -10,7 +10,13 @@ from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import NothingSelectedError, UsageError
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NeuralMethod
-from bids_harmony.methods.bundle import bundle_meta, is_bundle, load_bundle, save_bundle
+from bids_harmony.methods.bundle import (
+    bundle_hash,
+    bundle_meta,
+    is_bundle,
+    load_bundle,
+    save_bundle,
+)
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.models import bundle_name, reference_words
 from bids_harmony.workflows.settings import Job
@@ -42,8 +48,7 @@ def is_towards(folder: Path, networks: Path) -> bool:
     """Whether a bundle exists and has the networks that the other bundle has now."""
     if not is_bundle(folder):
         return False
-    source = load_bundle(networks)
-    theirs = source.meta.get("networks", {}).get("hash", source.hash)
+    theirs = bundle_meta(networks).get("networks", {}).get("hash") or bundle_hash(networks)
     return bool(bundle_meta(folder).get("networks", {}).get("hash") == theirs)
 
 
