@@ -173,7 +173,7 @@ class Prepared:
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "bids_harmony", str(self.cohort.bids_dir), str(self.out_dir),
-            level, *arguments, "--skip-bids-validation", "--modality", MODALITY,
+            level, "--skip-bids-validation", "--modality", MODALITY, *arguments,
             "--nprocs", str(self.settings.nprocs), "--random-seed", str(self.settings.seed),
             "--work-dir", str(self.folder / "nipype"),
         ]  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 from benchmarks.harness import Table, Trial
 from benchmarks.tables.blindharmony import BlindHarmony
 from benchmarks.tables.real_pair import RealPair
-from benchmarks.tables.travelling import Travelling
+from benchmarks.tables.travelling import ByExample, Travelling
 
-TABLES: dict[str, Table] = {t.name: t for t in (BlindHarmony(), Travelling(), RealPair())}
+TABLES: dict[str, Table] = {
+    t.name: t for t in (BlindHarmony(), Travelling(), RealPair(), ByExample())
+}
+_BOTH = ("--preset", "cpu", "--modality", "T1w", "T2w")
 
 TRIALS: dict[str, Trial] = {
     t.label: t
@@ -20,5 +23,8 @@ TRIALS: dict[str, Trial] = {
         Trial("wm-peak", "wm-peak"),
         Trial("harmonizing-flows", "harmonizing-flows", ("--preset", "cpu"), neural=True),
         Trial("blindharmony", "blindharmony", ("--preset", "cpu"), neural=True),
+        Trial("hail", "hail", ("--preset", "cpu"), neural=True),
+        Trial("calamiti", "calamiti", _BOTH, neural=True),
+        Trial("dewey2020", "dewey2020", _BOTH, neural=True),
     )
 }

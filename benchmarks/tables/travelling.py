@@ -17,8 +17,7 @@ from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.phantom.dataset import TRUTH, write_phantom
 from bids_harmony.phantom.sites import REFERENCE
 
-SITES = ("mprage15", "spgr3", "spgr15", "biased3")
-TESTED, TRAINED, RESOLUTION = 4, 12, 2.0
+RESOLUTION = 2.0
 
 
 def truth_file(root: Path, scan: Scan, name: str) -> Path:
@@ -26,22 +25,34 @@ def truth_file(root: Path, scan: Scan, name: str) -> Path:
     return root / TRUTH / scan.folder / f"{scan.stem.removesuffix('_T1w')}_{name}.nii.gz"
 
 
+SCORES = (
+    "All brain masks are the pipeline's own; scores are in the phantom's true brain. Truth: "
+    "the same subject in the reference contrast without noise, bias and transmit field, "
+    "brought to the common scale by the median ratio to the subject's own scan at the "
+    f"reference domain; {REFERENCE} itself as input therefore shows what noise costs. "
+    "nWD as in HAIL (equation 1), but the target is the truth, not another person's scan. "
+    "rAVD: tissue volumes (Atropos, 3 classes) of the result against those of the truth; "
+    "HAIL compares with the input's (in the CSV: ravd_input). The paper's columns are HAIL's "
+    "own figures on clinical scans."
+)
+
+
 class Travelling(Table):
     """Phantom scans of four sites and of the reference domain itself."""
 
     name: ClassVar[str] = "travelling"
     title: ClassVar[str] = "Travelling subjects (phantom)"
+    #: Where the test subjects are scanned, besides the reference domain.
+    sites: ClassVar[tuple[str, ...]] = ("mprage15", "spgr3", "spgr15", "biased3")
+    #: Subjects of the test, and of the training: each of the latter at one site, in turn.
+    tested: ClassVar[int] = 4
+    trained: ClassVar[int] = 12
+    trained_at: ClassVar[tuple[str, ...]] = (REFERENCE,)
+    trained_on: ClassVar[tuple[str, ...]] = ("T1w",)
     about: ClassVar[str] = (
-        f"Digital brain phantom at {RESOLUTION:g} mm: trained on {TRAINED} subjects at the "
-        f"reference domain {REFERENCE}, tested on {TESTED} others who were scanned at all sites. "
-        "All brain masks are the pipeline's own; scores are in the phantom's true brain. Truth: "
-        "the same subject in the reference contrast without noise, bias and transmit field, "
-        "brought to the common scale by the median ratio to the subject's own scan at the "
-        f"reference domain; {REFERENCE} itself as input therefore shows what noise costs. "
-        "nWD as in HAIL (equation 1), but the target is the truth, not another person's scan. "
-        "rAVD: tissue volumes (Atropos, 3 classes) of the result against those of the truth; "
-        "HAIL compares with the input's (in the CSV: ravd_input). The paper's columns are HAIL's "
-        "own figures on clinical scans."
+        f"Digital brain phantom at {RESOLUTION:g} mm: trained on {trained} subjects at the "
+        f"reference domain {REFERENCE}, tested on {tested} others who were scanned at all sites. "
+        + SCORES
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("psnr", "PSNR", "dB"),
@@ -74,14 +85,14 @@ class Travelling(Table):
         """Simulate; subjects of training and test are different people."""
         root = folder / "bids"
         if not root.is_dir():
-            _simulate(folder / "draft", root)
-        tested = [f"{k:02d}" for k in range(1, TESTED + 1)]
-        training = tuple(f"{k:02d}" for k in range(TESTED + 1, TESTED + TRAINED + 1))
+            self._simulate(folder / "draft", root)
+        tested = [f"{k:02d}" for k in range(1, self.tested + 1)]
+        training = tuple(f"{self.tested + k:02d}" for k in range(1, self.trained + 1))
         scans = {(s.subject, s.site): s for s in scans_of(root, tested)}
         cases = [
             Case(site, scans[who, site].stem, who, (scans[who, site],),
                  {"own": scans[who, REFERENCE]})
-            for site in (*SITES, REFERENCE) for who in tested
+            for site in (*self.sites, REFERENCE) for who in tested
         ]  # fmt: skip
         return Cohort(root, REFERENCE, training, tuple(cases))
 
@@ -122,22 +133,46 @@ class Travelling(Table):
     def _truth(self, root: Path, scan: Scan) -> NDArray[np.float32]:
         return read(truth_file(root, scan, f"desc-truth{REFERENCE}_T1w"))[0]
 
+    def _simulate(self, draft: Path, root: Path) -> None:
+        """Test subjects at every site and training subjects, in one data set."""
+        shutil.rmtree(draft, ignore_errors=True)
+        write_phantom(
+            draft / "tested", subjects=self.tested, sites=(*self.sites, REFERENCE),
+            resolution=RESOLUTION,
+        )  # fmt: skip
+        write_phantom(
+            draft / "trained", subjects=self.trained, first=self.tested + 1,
+            sites=self.trained_at, modalities=self.trained_on, travelling=0,
+            resolution=RESOLUTION,
+        )  # fmt: skip
+        for below in (Path(), TRUTH):
+            for path in sorted((draft / "trained" / below).glob("sub-*")):
+                path.rename(draft / "tested" / below / path.name)
+            name = below / "participants.tsv"
+            first, second = ((draft / k / name).read_text() for k in ("tested", "trained"))
+            atomic_write_text(draft / "tested" / name, first + second.split("\n", 1)[1])
+        (draft / "tested").rename(root)
+        shutil.rmtree(draft)
 
-def _simulate(draft: Path, root: Path) -> None:
-    """Test subjects at every site and training subjects at the reference, in one data set."""
-    shutil.rmtree(draft, ignore_errors=True)
-    write_phantom(
-        draft / "tested", subjects=TESTED, sites=(*SITES, REFERENCE), resolution=RESOLUTION
+
+class ByExample(Travelling):
+    """The same with training subjects of several sites, for methods that learn from several."""
+
+    name: ClassVar[str] = "by-example"
+    title: ClassVar[str] = "Travelling subjects, trained on several sites (phantom)"
+    sites: ClassVar[tuple[str, ...]] = ("mprage15", "spgr3", "biased3")
+    tested: ClassVar[int] = 3
+    trained: ClassVar[int] = 15
+    trained_at: ClassVar[tuple[str, ...]] = (REFERENCE, "mprage15", "spgr3")
+    trained_on: ClassVar[tuple[str, ...]] = ("T1w", "T2w")
+    about: ClassVar[str] = (
+        f"Digital brain phantom at {RESOLUTION:g} mm: trained on {trained} subjects, each scanned "
+        f"at one of the sites {', '.join(trained_at)}; tested on the T1w of {tested} others who "
+        "were scanned at all sites. `biased3` is a site that no training has seen, `mprage15` is "
+        "near the reference domain and `spgr3` far from it. Histogram matching and Nyul learn "
+        "from the reference domain's scans alone, HAIL from the T1w of all sites, CALAMITI and "
+        "Dewey 2020 from the T1w and T2w of all sites. " + SCORES
     )
-    write_phantom(
-        draft / "trained", subjects=TRAINED, first=TESTED + 1, sites=(REFERENCE,),
-        resolution=RESOLUTION,
+    trials: ClassVar[tuple[str, ...]] = (
+        "none", "histogram-matching", "nyul", "hail", "calamiti", "dewey2020",
     )  # fmt: skip
-    for below in (Path(), TRUTH):
-        for path in sorted((draft / "trained" / below).glob("sub-*")):
-            path.rename(draft / "tested" / below / path.name)
-        name = below / "participants.tsv"
-        first, second = ((draft / k / name).read_text() for k in ("tested", "trained"))
-        atomic_write_text(draft / "tested" / name, first + second.split("\n", 1)[1])
-    (draft / "tested").rename(root)
-    shutil.rmtree(draft)

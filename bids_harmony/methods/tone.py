@@ -121,7 +121,7 @@ class Tone:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything learned, as arrays."""
         return {
-            "quantiles": self.quantiles.values.numpy(),
+            "even_quantiles": self.quantiles.values.numpy(),
             "doubt": np.array([self.doubt, self.share]),
             **state_arrays(self.network, "tone"),
         }
@@ -131,7 +131,7 @@ class Tone:
         """Inverse of `arrays`."""
         network = ToneNetwork(hidden=len(arrays["tone/layers.0.bias"]))
         load_arrays(network, arrays, "tone")
-        quantiles = Quantiles(torch.from_numpy(np.array(arrays["quantiles"])))
+        quantiles = Quantiles(torch.from_numpy(np.array(arrays["even_quantiles"])))
         doubt, share = (float(v) for v in arrays["doubt"])
         return cls(quantiles, network, doubt, share)
 
