@@ -30,7 +30,7 @@ from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import write_json
-from bids_harmony.errors import ExitCode, HarmonyError, UsageError
+from bids_harmony.errors import ExitCode, HarmonyError, MissingInputError, UsageError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import IntensityScale, fit_scale, median_scale
 from bids_harmony.interfaces.ants_functions import divide_by_bias
@@ -105,6 +105,8 @@ class Table(ABC):
     controls: ClassVar[tuple[str, ...]] = ()
     #: Options of both levels.
     options: ClassVar[tuple[str, ...]] = ()
+    #: Table whose models are tried; None trains its own.
+    models_of: ClassVar[str | None] = None
 
     @abstractmethod
     def prepare(self, data: Path, folder: Path) -> Cohort:
@@ -129,9 +131,24 @@ class Settings:
 class Prepared:
     """The preprocessed scans of a cohort, as every method is given them."""
 
-    def __init__(self, cohort: Cohort, folder: Path, settings: Settings) -> None:
+    def __init__(
+        self, cohort: Cohort, folder: Path, settings: Settings, trained: Path | None = None
+    ) -> None:
         self.cohort, self.folder, self.settings = cohort, folder, settings
-        self.out_dir = folder / "out"
+        self.out_dir, self._trained = folder / "out", trained or folder
+
+    def model(self, label: str) -> Path:
+        """Folder of a trial's bundle.
+
+        Raises
+        ------
+        MissingInputError
+            If another table should have made it.
+        """
+        folder = self._trained / "out" / "models" / label
+        if self._trained != self.folder and not is_bundle(folder):
+            raise MissingInputError(f"{folder} does not exist; run {self._trained.name} first")
+        return folder
 
     def mask(self, scan: Scan) -> NDArray[np.bool_]:
         """Brain mask that the pipeline used."""
@@ -151,7 +168,7 @@ class Prepared:
 
     def reference_scale(self) -> IntensityScale:
         """Median robust scale of the training scans: the units of every output."""
-        path = self.folder / "reference_scale.json"
+        path = self._trained / "reference_scale.json"
         if not path.is_file():
             scales = [
                 fit_scale(self.corrected(s)[0], self.mask(s), "robust", name=s.stem)
@@ -235,7 +252,8 @@ def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Setti
         if trial.method is not None and trial.method not in available():
             raise UsageError(f"method {trial.method} is not installed")
     cohort = table.prepare(data, folder)
-    prep = Prepared(cohort, folder, settings)
+    trained = settings.work / table.models_of if table.models_of else None
+    prep = Prepared(cohort, folder, settings, trained)
     rows = Rows(folder / "rows.csv", [c.name for c in table.columns])
     _preprocess(table, prep)
     for trial in trials:
@@ -307,7 +325,7 @@ def _score(table: Table, case: Case, result: View, prep: Prepared) -> tuple[dict
 
 def _train(table: Table, trial: Trial, prep: Prepared) -> str:
     """Fit the trial's model unless it exists; its hash."""
-    folder = prep.out_dir / "models" / trial.label
+    folder = prep.model(trial.label)
     if not is_bundle(folder):
         print(f"{table.name}: training {trial.label}", flush=True)
         limit = prep.settings.minutes if trial.neural else None
@@ -330,7 +348,8 @@ def _harmonize(table: Table, trial: Trial, digest: str, prep: Prepared) -> View:
     if missing:
         print(f"{table.name}: harmonizing {len(missing)} scans with {trial.label}", flush=True)
         wall, cpu = prep.run(
-            "participant", "--model", trial.label, "--desc", desc, "--output-spaces", "native",
+            "participant", "--model", str(prep.model(trial.label)), "--desc", desc,
+            "--output-spaces", "native",
             "--participant-label", *sorted({scans[k].subject for k in missing}),
             *_device(trial, prep), *table.options, *trial.participant,
         )  # fmt: skip

@@ -206,7 +206,7 @@ def test_finer_voxels_keep_their_own_detail(model, scan):
 
 
 def test_unknown_modality(model):
-    with pytest.raises(ScanError, match=r"sub-05_T2w.*fitted on T1w only"):
+    with pytest.raises(ScanError, match=r"sub-05_T2w.*trained on T1w only"):
         model.harmonize(brain(5, modality="T2w"), seed=0)
 
 

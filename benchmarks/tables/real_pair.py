@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.data import copy_participant, need, write_description, write_participants
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, scans_of
 from benchmarks.scoring import similarity
+from benchmarks.tables.blindharmony import SITE, BlindHarmony
 from bids_harmony.bids.scan import Scan
 from bids_harmony.imaging.mask import block_mean
 from bids_harmony.interfaces.ants import ants_session
@@ -19,7 +20,6 @@ from bids_harmony.interfaces.ants_functions import register_rigid, to_ants
 from bids_harmony.metrics.similarity import jsd, ncc, wasserstein
 
 PERSON, FIRST, SECOND = "trv01", "unknown3t", "prismafit"
-SITE, TRAINING = "novosibirsk", tuple(f"nov{k}" for k in range(52, 64))
 
 
 class RealPair(Table):
@@ -29,8 +29,8 @@ class RealPair(Table):
     title: ClassVar[str] = "One person on two scanners"
     about: ClassVar[str] = (
         "T1w of one person (by image evidence) on two scanners: 1 mm, skull-stripped, and two-"
-        "dimensional FLASH with 4.8 mm slices. Both go through the pipeline to a model of a third "
-        f"scanner ({SITE}, {len(TRAINING)} scans); the results are compared with each other. The "
+        "dimensional FLASH with 4.8 mm slices. Both go through the pipeline to a third scanner, "
+        f"with the models of `{BlindHarmony.name}`; the results are compared with each other. The "
         "1 mm scan is registered rigidly to the other and averaged over its slices, since fine "
         "detail cannot be compared with thick slices. Scores are in the common brain mask, both "
         "on the common scale. One pair: no interval, and no claim beyond it. The nearest figures "
@@ -48,18 +48,18 @@ class RealPair(Table):
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
     )  # fmt: skip
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {}
+    models_of: ClassVar[str | None] = BlindHarmony.name
 
     def prepare(self, data: Path, folder: Path) -> Cohort:
-        """Link the pair and the reference scans."""
+        """Link the pair."""
         root = folder / "bids"
         if not (root / "participants.tsv").is_file():
             write_description(root, self.title)
-            for label in (PERSON, *TRAINING):
-                copy_participant(need(data / f"sub-{label}"), root)
-            write_participants(root, {PERSON: "n/a", **dict.fromkeys(TRAINING, SITE)})
+            copy_participant(need(data / f"sub-{PERSON}"), root)
+            write_participants(root, {PERSON: "n/a"})
         scans = {s.site: s for s in scans_of(root, [PERSON])}
         case = Case("pair", f"sub-{PERSON}", PERSON, (scans[FIRST], scans[SECOND]))
-        return Cohort(root, SITE, TRAINING, (case,))
+        return Cohort(root, SITE, (), (case,))
 
     def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
         """Both results, the fine one on the coarse one's grid."""

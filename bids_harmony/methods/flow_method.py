@@ -14,22 +14,22 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import extend_change
-from bids_harmony.imaging.layout import Coarse, Layout, side_words
+from bids_harmony.imaging.layout import Coarse, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
     Adaptation,
     Contract,
     Harmonized,
-    NeuralMethod,
     Training,
     Volume,
     preset_named,
 )
+from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.flow_training import Part, Preset, fit_part
 from bids_harmony.methods.likelihood import bits_of_brain, smoothed
 from bids_harmony.methods.reference_brains import on_model_grid
-from bids_harmony.methods.tone import Tone, load_arrays, mapped, state_arrays
+from bids_harmony.methods.tone import mapped
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
@@ -66,30 +66,16 @@ class Case:
     warnings: list[str] = field(default_factory=list)
 
 
-class FlowMethod(NeuralMethod):
+class FlowMethod(ByModality[Part]):
     """A method that has a flow of the reference domain for each modality.
 
-    Subclasses give `presets_by_name`, `axis`, `_build`, `_refine` and, if they adapt, `adapt`.
-
-    Parameters
-    ----------
-    parts
-        What was learned, by modality.
-    preset
-        With which it was trained.
+    Subclasses give `presets_by_name`, `axis`, `build`, `_refine` and, if they adapt, `adapt`.
     """
 
     #: Sizes and lengths by preset's name.
     presets_by_name: ClassVar[Mapping[str, Preset]]
     #: Across which axis (0 sagittal, 1 coronal, 2 axial) the flow's slices lie.
     axis: ClassVar[int]
-
-    def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
-        if not parts:
-            raise ScanError(f"{self.name}: the model has no modality")
-        self._parts, self._preset = dict(sorted(parts.items())), preset
-        self._device, self._threads = "cpu", 1
-        self._files: dict[str, bytes] = {}
 
     @classmethod
     def contract_for(cls, modalities: Sequence[str]) -> Contract:
@@ -137,12 +123,6 @@ class FlowMethod(NeuralMethod):
     @abstractmethod
     def _refine(self, part: Part, case: Case, seed: int) -> Tensor:
         """Harmonized brain on the model's grid; may add details and warnings to the case."""
-
-    def place_on(self, device: str, threads: int) -> None:
-        """Run on this device with this many CPU threads from now on."""
-        self._device, self._threads = device, threads
-        for part in self._parts.values():
-            part.to(device)
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Make `volume` look like the reference domain.
@@ -197,14 +177,6 @@ class FlowMethod(NeuralMethod):
         part = self._part(volume)
         case = self._case(part, volume)
         return self._bits(part, case.image, case), self._judged(part, case)
-
-    def _part(self, volume: Volume) -> Part:
-        if volume.modality not in self._parts:
-            raise ScanError(
-                f"{volume.name or 'scan'}: the {self.name} model was fitted on "
-                f"{', '.join(self._parts)} only; train it on {volume.modality} too"
-            )
-        return self._parts[volume.modality]
 
     def _case(self, part: Part, volume: Volume) -> Case:
         grid = on_model_grid(volume, part.resolution)
@@ -278,9 +250,7 @@ class FlowMethod(NeuralMethod):
         modality = str(adaptation.details.get("modality"))
         if modality not in self._parts:
             raise ScanError(f"{self.name}: the model was not trained on {modality}")
-        made = type(self)(dict(self._parts), self._preset)
-        made.place_on(self._device, self._threads)
-        return made, modality
+        return self._copy(self._parts), modality
 
     def _judged(self, part: Part, case: Case) -> float:
         """Bits per dimension by which a scan is refused or not."""
@@ -317,49 +287,9 @@ class FlowMethod(NeuralMethod):
         inside = np.asarray(volume.mask, dtype=bool)
         return np.where(inside, np.maximum(result, 0), 0).astype(np.float32)
 
-    def files(self) -> Mapping[str, bytes]:
-        """Training curves, samples of the flow and held-out bits; empty after loading."""
-        return dict(self._files)
-
-    def scores(self) -> Mapping[str, Any]:
-        """Held-out scores of the training, by modality."""
-        return {modality: dict(part.scores) for modality, part in self._parts.items()}
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Weights of every part, keys ``<modality>/<network>/<weight>``."""
-        found: dict[str, NDArray[Any]] = {}
-        for modality, part in self._parts.items():
-            arrays = {**part.tone.arrays(), **part.layout.arrays()}
-            arrays |= state_arrays(part.flow, "flow")
-            if part.harmonizer is not None:
-                arrays |= state_arrays(part.harmonizer, "harmonizer")
-            found |= {f"{modality}/{key}": value for key, value in arrays.items()}
-        return found
-
-    def params(self) -> dict[str, Any]:
-        """Preset, and for each modality the resolution, held-out bits and scores."""
-        return {
-            "preset": self._preset,
-            "parts": {modality: part.params() for modality, part in self._parts.items()},
-        }
-
     @classmethod
-    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
-        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
-        parts = {}
-        for modality, content in params["parts"].items():
-            prefix = f"{modality}/"
-            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            parts[modality] = cls._part_from(own, content)
-        return cls(parts, str(params["preset"]))
-
-    @classmethod
-    def _part_from(cls, arrays: Mapping[str, NDArray[Any]], content: Mapping[str, Any]) -> Part:
-        part = Part.empty(Tone.from_arrays(arrays), Layout.from_arrays(arrays), content)
-        load_arrays(part.flow, arrays, "flow")
-        if part.harmonizer is not None:
-            load_arrays(part.harmonizer, arrays, "harmonizer")
-        return part
+    def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
+        return Part.from_state(arrays, params)
 
 
 def _toned(volume: Volume, curve: ToneCurve) -> Volume:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
@@ -17,7 +18,7 @@ from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.guided_adaptation import goal_of
 from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, smoothed
 from bids_harmony.methods.reference_brains import layout_of, split_by_subject
-from bids_harmony.methods.tone import Brain, Tone, fit_tone_model
+from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, load_arrays, state_arrays
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -114,22 +115,33 @@ class Part:
             "scores": dict(self.scores),
         }
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Weights of tone and networks, and the layout."""
+        found = {**self.tone.arrays(), **self.layout.arrays(), **state_arrays(self.flow, "flow")}
+        if self.harmonizer is not None:
+            found |= state_arrays(self.harmonizer, "harmonizer")
+        return found
+
     @classmethod
-    def empty(cls, tone: Tone, layout: Layout, content: Mapping[str, Any]) -> Part:
-        """A part with untrained networks, from `params`."""
-        harmonizer = content["harmonizer"]
-        flow = build_flow(content["flow"])
-        flow.eval().requires_grad_(False)
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
+        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
+        flow = build_flow(params["flow"])
+        load_arrays(flow, arrays, "flow")
+        flow.requires_grad_(False)
+        harmonizer = None
+        if params["harmonizer"]:
+            harmonizer = HarmonizerUNet.from_config(params["harmonizer"])
+            load_arrays(harmonizer, arrays, "harmonizer")
         return cls(
-            float(content["resolution"]),
-            tone,
+            float(params["resolution"]),
+            Tone.from_arrays(arrays),
             flow,
-            HarmonizerUNet.from_config(harmonizer) if harmonizer else None,
-            layout,
-            Normal.from_dict(content["normal"]),
-            Normal.from_dict(content["smooth"]),
-            float(content["goal"]),
-            content["scores"],
+            harmonizer,
+            Layout.from_arrays(arrays),
+            Normal.from_dict(params["normal"]),
+            Normal.from_dict(params["smooth"]),
+            float(params["goal"]),
+            params["scores"],
         )
 
 

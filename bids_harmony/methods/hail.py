@@ -16,11 +16,11 @@ from bids_harmony.imaging.layout import side_words
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
-    NeuralMethod,
     Training,
     Volume,
     preset_named,
 )
+from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.hail_part import (
     MOST_CHANGE,
     Drawing,
@@ -66,7 +66,7 @@ _PAPER = Preset(
 )
 
 
-class Hail(NeuralMethod):
+class Hail(ByModality[Part]):
     """A frozen encoder, AdaIN towards the examples' style, a decoder, and the scan's own anatomy.
 
     Phase 1 trains an autoencoder on cubes of all sites. In phase 2 its encoder is frozen and its
@@ -77,25 +77,11 @@ class Hail(NeuralMethod):
     Departures from the paper: styles are measured over whole brains (see `hail_losses.transfer`);
     the decoder is told at every level how the styles differ; intensities are compared beside
     features; the guided transfer; Adam with half a cosine instead of AdamW with plateaus.
-
-    Parameters
-    ----------
-    parts
-        What was learned, by modality.
-    preset
-        With which it was trained.
     """
 
     name: ClassVar[str] = "hail"
     by_example: ClassVar[bool] = True
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
-
-    def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
-        if not parts:
-            raise ScanError(f"{self.name}: the model has no modality")
-        self._parts, self._preset = dict(sorted(parts.items())), preset
-        self._device, self._threads = "cpu", 1
-        self._files: dict[str, bytes] = {}
 
     @classmethod
     def contract_for(cls, modalities: Sequence[str]) -> Contract:
@@ -151,12 +137,6 @@ class Hail(NeuralMethod):
         method._files = files
         return method
 
-    def place_on(self, device: str, threads: int) -> None:
-        """Run on this device with this many CPU threads from now on."""
-        self._device, self._threads = device, threads
-        for part in self._parts.values():
-            part.network.to(device)
-
     def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
         """The same networks for the mean style of these scans; other appearances are forgotten.
 
@@ -190,8 +170,7 @@ class Hail(NeuralMethod):
             wanted = torch.stack([style for _, style in shown]).mean(0) if shown else None
             names = tuple(name for name, _ in shown)
             parts[modality] = replace(part, wanted=wanted, examples=names)
-        made = type(self)(parts, self._preset)
-        made._device, made._threads = self._device, self._threads
+        made = self._copy(parts)
         made._files = dict(self._files)
         return made
 
@@ -242,14 +221,6 @@ class Hail(NeuralMethod):
         warnings = _doubts(part, facts, drawing, before, after)
         return Harmonized(drawing.data, details, tuple(warnings))
 
-    def _part(self, volume: Volume) -> Part:
-        if volume.modality not in self._parts:
-            raise ScanError(
-                f"{volume.name or 'scan'}: the {self.name} model was trained on "
-                f"{', '.join(self._parts)} only; train it on {volume.modality} too"
-            )
-        return self._parts[volume.modality]
-
     @staticmethod
     def _admit(part: Part, brain: Brain, volume: Volume) -> float:
         """Refuse what is no upright brain of the modality; how unlike training's it is."""
@@ -270,38 +241,9 @@ class Hail(NeuralMethod):
             )
         return unlikeness
 
-    def files(self) -> Mapping[str, bytes]:
-        """Training curves and a picture of a held-out transfer; empty after loading."""
-        return dict(self._files)
-
-    def scores(self) -> Mapping[str, Any]:
-        """Held-out scores of the training, by modality."""
-        return {modality: dict(part.scores) for modality, part in self._parts.items()}
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Weights, layout and appearance of every part, keys ``<modality>/...``."""
-        return {
-            f"{modality}/{key}": value
-            for modality, part in self._parts.items()
-            for key, value in part.arrays().items()
-        }
-
-    def params(self) -> dict[str, Any]:
-        """Preset, and for each modality settings, limits, scores and names of the examples."""
-        return {
-            "preset": self._preset,
-            "parts": {modality: part.params() for modality, part in self._parts.items()},
-        }
-
     @classmethod
-    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
-        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
-        parts = {}
-        for modality, content in params["parts"].items():
-            prefix = f"{modality}/"
-            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            parts[modality] = Part.from_state(own, content)
-        return cls(parts, str(params["preset"]))
+    def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
+        return Part.from_state(arrays, params)
 
 
 def _learnable(volumes: Sequence[Volume]) -> dict[str, list[int]]:

@@ -117,6 +117,10 @@ class Part:
     wanted: Tensor | None = None
     examples: tuple[str, ...] = ()
 
+    def to(self, device: str) -> None:
+        """Move the network."""
+        self.network.to(device)
+
     def draw(self, brain: Brain, own: Tensor, wanted: Tensor) -> Drawing:
         """Harmonize a brain whose style is `own` towards the style `wanted`, (S,)."""
         drawn, redrawn = draw_brain(self.network, brain, own, wanted, self.window)

@@ -73,21 +73,21 @@ class Tone:
         ScanError
             If the brain is constant, or nearly so.
         """
-        mask = core(mask)
-        values = image[mask]
+        inner = core(mask)
+        values = image[inner]
         if float(values.max() - values.min()) < 1e-5:
             raise ScanError("all brain voxels have one value; check image and mask")
         plain, own = self.quantiles.own(values), self.quantiles.map_of(values)
         matched = torch.zeros_like(image)
-        matched[mask] = self.quantiles.apply(values, own)
+        matched[inner] = self.quantiles.apply(values, own)
         with torch.no_grad():
-            correction = self.network(joint_histogram(matched, mask)[None])[0].double().numpy()
+            correction = self.network(joint_histogram(matched, inner)[None])[0].double().numpy()
         targets = self.quantiles.values.double().numpy()
         knots = np.linspace(0, TOP, KNOTS)
         y = targets + self.share * np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
         found = _curve(*merge_ties(plain.double().numpy(), y))
-        return found if whole else self.trusted(found, values)
+        return found if whole else self.trusted(found, image[mask])
 
     def matching(self, values: Tensor) -> ToneCurve:
         """The curve from a brain's quantiles to the reference domain's, uncorrected.
@@ -196,12 +196,13 @@ def fit_tone_model(
 def _share(pairs: Sequence[tuple[Tone, Brain]]) -> float:
     """Share of the correction that brings brains nearest to themselves, by least squares.
 
-    Each brain goes with a tone that was not learned from it.
+    Each brain goes with a tone that was not learned from it. All brain voxels count: the curve is
+    found in the brain's core, but applied to its cortex too.
     """
     asked = given = 0.0
     for tone, (image, mask) in pairs:
-        values = image[core(mask)]
-        own, plain = values.numpy(), tone.matching(values)(values.numpy())
+        own = image[mask].numpy()
+        plain = tone.matching(image[core(mask)])(own)
         moved = tone.curve(image, mask, whole=True)(own) - plain
         asked += float(np.mean((own - plain) * moved))
         given += float(np.mean(moved**2))
@@ -211,7 +212,7 @@ def _share(pairs: Sequence[tuple[Tone, Brain]]) -> float:
 def _change(tone: Tone, brain: Brain) -> float:
     """Root mean square of what the curve changes in a brain."""
     image, mask = brain
-    values = image[core(mask)].numpy()
+    values = image[mask].numpy()
     curve = tone.curve(image, mask, whole=True)
     return float(np.sqrt(np.mean((curve(values) - values) ** 2)))
 
