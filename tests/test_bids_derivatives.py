@@ -233,6 +233,28 @@ def test_a_moved_scan_is_refused(tmp_path):
     assert look(tmp_path, scan).mask == mask
 
 
+@pytest.mark.parametrize("name", ["label-L_mask", "label-lesion_mask", "desc-lesion_mask"])
+def test_lesions_come_from_any_folder(tmp_path, name):
+    scan = raw(tmp_path, "sub-01_T1w")
+    mask = put(tmp_path, "sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    lesions = put(tmp_path, f"sub-01/anat/sub-01_{name}.nii.gz", pipeline="marks")
+    found = look(tmp_path, scan, "prep", "marks")
+    assert (found.mask, found.lesions) == (mask, lesions)
+    assert found.sources == {"mask": "prep", "lesions": "marks"}
+    assert not found.notes
+
+
+def test_lesions_of_perhaps_another_scan_are_not_taken(tmp_path):
+    scan = raw(tmp_path, "sub-01_FLAIR")
+    raw(tmp_path, "sub-01_T1w")
+    put(tmp_path, "sub-01/anat/sub-01_label-L_mask.nii.gz")
+    found = look(tmp_path, scan)
+    assert found.lesions is None
+    assert "sub-01_T1w" in found.notes[0]
+    own = put(tmp_path, "sub-01/anat/sub-01_FLAIR_label-L_mask.nii.gz")
+    assert look(tmp_path, scan).lesions == own
+
+
 def test_own_earlier_run(tmp_path):
     """T1w and T2w of one session find their own files, by the names that this package gives."""
     out = tmp_path / "prep"

@@ -26,6 +26,8 @@ from bids_harmony.errors import ScanError
 
 #: desc- labels of a brain mask; None is a mask without desc-.
 MASK_LABELS = ("brain", "synthstrip", None)
+#: Names of a mask of lesions.
+LESION_NAMES = ("label-L_mask", "label-lesion_mask", "desc-lesion_mask")
 XFM_EXTENSIONS = (".h5", ".txt", ".mat")
 #: Largest difference from the identity, mm or parameter units, of from-orig_to-T1w.
 IDENTITY = 1e-4
@@ -44,13 +46,16 @@ class Precomputed:
     preproc
         Preprocessed (bias-corrected) version of the scan.
     sources
-        Name of the folder each came from: keys ``mask``, ``to_template``, ``preproc``.
+        Name of the folder each came from: keys ``mask``, ``to_template``, ``preproc``,
+        ``lesions``.
     notes
         Sentences about what was looked for, taken or refused.
     doubts
         What an earlier run of ours doubted about the mask.
     bias_field
         An earlier run's, on the coarse grid.
+    lesions
+        Mask of the scan's lesions, in its world space, perhaps on another grid.
     """
 
     mask: Path | None = None
@@ -60,6 +65,7 @@ class Precomputed:
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     bias_field: Path | None = None
+    lesions: Path | None = None
 
 
 def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> Precomputed:
@@ -84,27 +90,49 @@ def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> 
     notes: list[str] = []
     for name, folder in folders.items():
         here = _in_folder(scan, folder, template)
+        marked = _first(_lesion_names(scan, folder))
+        if marked and "lesions" not in found:
+            _take(scan, folder, name, {"lesions": marked}, found, sources, notes)
+        if not here and marked:
+            continue
         if not here:
             notes.append(f"{name}: nothing for {scan.stem}; {_looked_for(scan, folder)}")
             continue
-        fault = _wrong_space(scan, folder, here)
-        if fault is not None:
-            notes.append(f"{name}: not used for {scan.stem}: {fault}")
-            continue
-        for kind, path in here.items():
-            if kind in found:
-                continue
-            if kind == "mask":
-                text = _grid_note(scan, path)
-                if text is not None:
-                    notes.append(f"{name}: {text[1]}")
-                    if not text[0]:
-                        continue
-            found[kind] = path
-            sources[kind] = name
+        _take(scan, folder, name, here, found, sources, notes)
     return Precomputed(
-        found.get("mask"), found.get("to_template"), found.get("preproc"), sources, notes
+        found.get("mask"),
+        found.get("to_template"),
+        found.get("preproc"),
+        sources,
+        notes,
+        lesions=found.get("lesions"),
     )
+
+
+def _take(
+    scan: Scan,
+    folder: Path,
+    name: str,
+    here: Mapping[str, Path],
+    found: dict[str, Path],
+    sources: dict[str, str],
+    notes: list[str],
+) -> None:
+    """Add what a folder has and no earlier one had, unless it may be of another space."""
+    fault = _wrong_space(scan, folder, here)
+    if fault is not None:
+        notes.append(f"{name}: not used for {scan.stem}: {fault}")
+        return
+    for kind, path in here.items():
+        if kind in found:
+            continue
+        text = _grid_note(scan, path) if kind in ("mask", "lesions") else None
+        if text is not None:
+            notes.append(f"{name}: {text[1]}")
+            if not text[0]:
+                continue
+        found[kind] = path
+        sources[kind] = name
 
 
 def _in_folder(scan: Scan, folder: Path, template: str) -> dict[str, Path]:
@@ -134,6 +162,14 @@ def _mask_names(scan: Scan, folder: Path) -> Iterable[Path]:
             if label and scan.suffix != "T1w":
                 yield where / f"{stem}_desc-{label}{scan.suffix}_mask{extension}"
             yield where / f"{stem}{desc}_mask{extension}"
+
+
+def _lesion_names(scan: Scan, folder: Path) -> Iterable[Path]:
+    stem = scan.stem.removesuffix(f"_{scan.suffix}")
+    for extension in IMAGE_EXTENSIONS:
+        for name in LESION_NAMES:
+            yield folder / scan.folder / f"{scan.stem}_{name}{extension}"
+            yield folder / scan.folder / f"{stem}_{name}{extension}"
 
 
 def _first(paths: Iterable[Path]) -> Path | None:
@@ -175,7 +211,7 @@ def _wrong_space(scan: Scan, folder: Path, found: Mapping[str, Path]) -> str | N
 
 def _named_for(scan: Scan, found: Mapping[str, Path]) -> bool:
     """Whether a file's own name tells that it is of this T2w or FLAIR, or of this very scan."""
-    mask = found.get("mask")
+    mask = found.get("mask") or found.get("lesions")
     if mask is None:
         return scan.suffix != "T1w"
     stem = strip_extension(mask.name)
@@ -185,7 +221,7 @@ def _named_for(scan: Scan, found: Mapping[str, Path]) -> bool:
 
 def _raw_sources(folder: Path, found: Mapping[str, Path]) -> set[str] | None:
     """Stems of the raw scans that the files were made from; None when no sidecar tells."""
-    for kind in ("mask", "preproc", "to_template"):
+    for kind in ("mask", "lesions", "preproc", "to_template"):
         path = found.get(kind)
         if path is None:
             continue

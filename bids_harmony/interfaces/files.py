@@ -8,7 +8,10 @@ from typing import Any
 
 import nibabel as nb
 import numpy as np
+from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
+
+from bids_harmony.errors import ScanError
 
 
 def load(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -21,6 +24,34 @@ def load_mask(path: str | Path) -> NDArray[np.bool_]:
     """Voxels above .5."""
     img: Any = nb.loadsave.load(path)
     return np.asanyarray(img.dataobj) > 0.5
+
+
+def load_given_mask(
+    path: str | Path, shape: tuple[int, ...], affine: NDArray[Any], what: str
+) -> NDArray[np.bool_]:
+    """A mask of the user's, resampled to this grid if it has another.
+
+    Parameters
+    ----------
+    what
+        For the message, such as ``brain mask``.
+
+    Raises
+    ------
+    ScanError
+        If it has not three axes.
+    """
+    img: Any = nb.funcs.squeeze_image(nb.loadsave.load(path))
+    if len(img.shape) != 3:
+        raise ScanError(
+            f"{path}: a {what} has three axes, not {len(img.shape)}; mend it or leave out "
+            "--derivatives"
+        )
+    binary = np.asanyarray(img.dataobj) > 0.5
+    if img.shape == shape and np.allclose(img.affine, affine, atol=1e-3):
+        return binary
+    moved = nb.nifti1.Nifti1Image(binary.astype("f4"), img.affine)
+    return np.asanyarray(resample_from_to(moved, (shape, affine), order=1).dataobj) > 0.5
 
 
 def store(data: NDArray[Any], affine: NDArray[np.float64], path: Path) -> str:

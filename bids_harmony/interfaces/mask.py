@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel as nb
 import numpy as np
-from nibabel.processing import resample_from_to
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.mask import (
@@ -25,7 +23,7 @@ from bids_harmony.interfaces.base import (
     isdefined,
     traits,
 )
-from bids_harmony.interfaces.files import load, load_mask, store
+from bids_harmony.interfaces.files import load, load_given_mask, load_mask, store
 
 _SMALL_ML, _LARGE_ML = 300.0, 2500.0
 
@@ -62,7 +60,7 @@ class SelectBrainMask(TimedInterface):
         stripped = self._is_stripped(data, affine)
         doubts: list[str] = list(self._given("given_doubts") or [])
         if isdefined(self.inputs.given_file):
-            mask = self._given_mask(data.shape, affine)
+            mask = load_given_mask(self.inputs.given_file, data.shape, affine, "brain mask")
             source = self.inputs.given_source
         elif stripped:
             mask = mask_from_stripped(data)
@@ -90,19 +88,6 @@ class SelectBrainMask(TimedInterface):
         small = inside * abs(np.linalg.det(affine[:3, :3])) / 1000 < STRIPPED_ML[0]
         # Less than a brain cannot be a head: its voxel size is wrong, as the volume check tells.
         return bool(looks_skull_stripped(data, None if small else affine))
-
-    def _given_mask(self, shape: tuple[int, ...], affine: Any) -> Any:
-        img: Any = nb.funcs.squeeze_image(nb.loadsave.load(self.inputs.given_file))
-        if len(img.shape) != 3:
-            raise ScanError(
-                f"{self.inputs.given_file}: a brain mask has three axes, not {len(img.shape)}; "
-                "mend it or leave out --derivatives"
-            )
-        like = (shape, affine)
-        if img.shape == shape and np.allclose(img.affine, affine, atol=1e-3):
-            return np.asanyarray(img.dataobj) > 0.5
-        binary = nb.nifti1.Nifti1Image((np.asanyarray(img.dataobj) > 0.5).astype("f4"), img.affine)
-        return np.asanyarray(resample_from_to(binary, like, order=1).dataobj) > 0.5
 
     def _own_mask(self, cwd: Path) -> tuple[Any, list[str]]:
         node = BrainMask(

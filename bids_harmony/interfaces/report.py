@@ -20,10 +20,10 @@ from bids_harmony.interfaces.base import (
     TimedOutputSpec,
     traits,
 )
-from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.interfaces.files import load, load_given_mask, load_mask
 from bids_harmony.reports.inputs import Histogram, Metric, Registration, ScanReport, Step
 from bids_harmony.reports.page import render_failure, render_fragment
-from bids_harmony.reports.scores import score_change
+from bids_harmony.reports.scores import score_change, score_lesions
 
 UNDRAWN = "the outputs are whole, but this report could not be drawn"
 _QUANTILES = np.linspace(0.001, 0.999, 500)
@@ -34,6 +34,7 @@ class _ScoreInput(BaseInterfaceInputSpec):
     after_file = File(exists=True, mandatory=True, desc="harmonized scan, scaled, raw grid")
     mask_file = File(exists=True, mandatory=True)
     reference_quantiles = traits.List(traits.Float, desc="of the reference domain, scaled")
+    lesions_file = File(desc="marked lesions, on any grid in the scan's world space")
 
 
 class _ScoreOutput(TimedOutputSpec):
@@ -48,12 +49,14 @@ class Score(TimedInterface):
     output_spec = _ScoreOutput
 
     def _run(self, cwd: Path) -> None:
-        rows, warnings = score_change(
-            load(self.inputs.before_file)[0],
-            load(self.inputs.after_file)[0],
-            load_mask(self.inputs.mask_file),
-            self._given("reference_quantiles"),
-        )
+        before, affine = load(self.inputs.before_file)
+        after, mask = load(self.inputs.after_file)[0], load_mask(self.inputs.mask_file)
+        rows, warnings = score_change(before, after, mask, self._given("reference_quantiles"))
+        if path := self._given("lesions_file"):
+            lesions = load_given_mask(path, before.shape, affine, "mask of lesions")
+            spacing = nb.affines.voxel_sizes(affine)
+            more, doubts = score_lesions(before, after, mask, lesions, spacing)
+            rows, warnings = [*rows, *more], [*warnings, *doubts]
         self._results["metrics"] = [asdict(row) for row in rows]
         self._results["warnings"] = warnings
 

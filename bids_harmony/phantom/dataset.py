@@ -276,6 +276,8 @@ def _write_truth(bids_dir: Path, person: Person, site: Site, modality: str, scan
         put(f"label-{label}_probseg", np.where(inside, brain[name], 0).astype(np.float32))
     winner = np.argmax(np.stack(list(brain.values())), axis=0) + 1
     put("dseg", np.where(inside, winner, 0).astype(np.uint8), Manual=False)
+    if person.lesions > 0:
+        put("label-L_mask", (inside & (winner == 4)).astype(np.uint8), Type="Lesion")
     put("desc-brain_mask", inside.astype(np.uint8), Type="Brain")
     put(
         f"desc-bias_{modality}",

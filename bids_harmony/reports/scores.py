@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bids_harmony.metrics.lesions import lesion_contrast, lesion_volume
 from bids_harmony.metrics.similarity import edge_correlation, jsd, rank_agreement, wasserstein
 from bids_harmony.reports.inputs import Metric
 
 _SAMPLES = 50_000
 _LEAST_RANK, _LEAST_EDGES, _MONOTONE = 0.95, 0.9, 0.9999
 _TOLERANCE = 1e-3  # Wasserstein distance, scaled intensity
+_LESION_LOSS = 0.2  # of contrast or volume
 
 
 def score_change(
@@ -60,6 +62,50 @@ def score_change(
             f"the anatomy may have changed (rank agreement {rank:.3f}, edge correlation "
             f"{edges:.3f}); look at the difference map"
         )
+    return rows, warnings
+
+
+def score_lesions(
+    before: NDArray[Any],
+    after: NDArray[Any],
+    mask: NDArray[np.bool_],
+    lesions: NDArray[np.bool_],
+    spacing: Sequence[float],
+) -> tuple[list[Metric], list[str]]:
+    """Did marked lesions survive?
+
+    Parameters
+    ----------
+    before, after, mask
+        As for `score_change`.
+    lesions
+        Marked lesions, same shape.
+    spacing
+        Voxel size in mm.
+
+    Returns
+    -------
+    metrics, warnings
+        Rows for the report, none without a lesion in the brain, and sentences for the user.
+    """
+    if not (lesions & mask).any():
+        return [], ["the lesion mask marks nothing in the brain; check that it is of this scan"]
+    contrasts = [lesion_contrast(image, lesions, mask, spacing) for image in (before, after)]
+    volumes = [lesion_volume(image, lesions, mask, spacing) for image in (before, after)]
+    rows = [
+        Metric("lesion contrast", contrasts[0], contrasts[1], "of the brain's range",
+               "lesions minus what lies around them; it should stay"),
+        Metric("lesion volume", volumes[0], volumes[1], "ml",
+               "what looks like lesion in and next to marked lesions; it should stay"),
+    ]  # fmt: skip
+    warnings = [
+        f"lesions may have been changed: their {name} was {values[0]:.3g} {unit} and is "
+        f"{values[1]:.3g}; look at them before you measure lesions"
+        for name, values, unit in (
+            ("contrast", contrasts, "of the brain's range"), ("volume", volumes, "ml"),
+        )
+        if not abs(values[1] - values[0]) <= _LESION_LOSS * abs(values[0])
+    ]  # fmt: skip
     return rows, warnings
 
 

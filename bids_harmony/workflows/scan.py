@@ -196,6 +196,8 @@ def _connect_record(
         name="score",
         mem_gb=2 * gigabytes,
     )
+    if given.lesions:
+        score.inputs.lesions_file = str(given.lesions)
     settings = scan_settings(scan, prep, target, place, given)
     record = Node(
         Record(settings=settings, output_scale=dict(target.output_scale[scan.suffix])),

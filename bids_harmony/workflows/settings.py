@@ -263,6 +263,7 @@ def scan_settings(
         "Site": scan.site,
         "SiteSource": scan.site_source,
         "GivenMask": "" if own_mask(given, place.out_dir) else _named(given, "mask", given.mask),
+        **({"Lesions": _named(given, "lesions", given.lesions)} if given.lesions else {}),
         "Registration": _named(given, "to_template", given.to_template)
         if theirs
         else f"rigid to {prep.template}",
