@@ -224,7 +224,8 @@ def test_doubt_is_what_happens_to_held_out_reference_brains():
         brains, [held_out], subjects="11", samples=8, epochs=1, seed=0, minutes=None
     )
     values = held_out[0][held_out[1]].numpy()
-    moved = replace(tone, doubt=0.0).curve(*held_out)(values) - values
+    without = mean_quantiles([(image, core(mask)) for image, mask in brains])
+    moved = replace(tone, quantiles=without, doubt=0.0).curve(*held_out)(values) - values
     assert tone.doubt == scores["doubt"] == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-4)
     assert tone.doubt > 0.01
 

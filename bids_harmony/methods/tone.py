@@ -164,7 +164,7 @@ def fit_tone_model(
 
     Share and doubt are cross-validated over the subjects of `brains`, whose labels are
     `subjects`, and over `held_out`: one brain of unusual tissue fractions must not decide them
-    alone.
+    alone. Neither the network nor the mean quantiles by which a brain is judged have seen it.
 
     Returns
     -------
@@ -179,14 +179,17 @@ def fit_tone_model(
     scores = tone_errors(
         network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
     )
-    tone = Tone(quantiles, network)
-    pairs = [(tone, brain) for brain in held_out]
+    others = Tone(mean_quantiles(inner), network)
+    pairs = [(others, brain) for brain in held_out]
     names = sorted(set(subjects))
     folds = min(_FOLDS, len(names))
     for fold in range(folds if folds > 1 else 0):
         apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
-        other = Tone(quantiles, train_tone(learned.without(apart), epochs=epochs, seed=seed))
-        pairs += [(other, brains[k]) for k in apart]
+        rest_of = [brain for k, brain in enumerate(inner) if k not in apart]
+        own = train_tone(learned.without(apart), epochs=epochs, seed=seed)
+        others = Tone(mean_quantiles([*rest_of, *inner_held_out]), own)
+        pairs += [(others, brains[k]) for k in apart]
+    tone = Tone(quantiles, network)
     share = _share(pairs)
     changes = [_change(replace(other, share=share), brain) for other, brain in pairs]
     doubt = float(np.sqrt(np.mean(np.square(changes))))
