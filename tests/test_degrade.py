@@ -62,6 +62,17 @@ def test_what_comes_out_is_an_image_of_a_brain(slabs, tissue_dependent):
     assert torch.equal(clean, kept)
 
 
+def test_what_is_brighter_than_all_knots_stays_brighter():
+    """Vessels and bright fluid: a network that sees them cut off would learn to brighten them."""
+    clean = torch.full((24, 3, 24, 24), 0.8)
+    clean[..., 8:16, 8:16] = 2.0
+    mask = torch.ones_like(clean, dtype=torch.bool)
+    out = degrade_slabs(clean, mask, seeded(0))
+    inner = out[..., 10:14, 10:14].mean((1, 2, 3))
+    assert inner.mean() == pytest.approx(2.0, abs=0.05)
+    assert inner.min() > 1.7
+
+
 def test_slabs_are_degraded_each_in_its_own_way(slabs):
     out = degrade_slabs(*slabs, seeded(0))
     spread = (out - slabs[0]).flatten(1).std(1)

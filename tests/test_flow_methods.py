@@ -265,7 +265,9 @@ def test_networks_that_make_it_worse_are_left_out(model, scan, monkeypatch):
         result = model.harmonize(scan, seed=0)
         told = [text for text in result.warnings if "only the curve" in text]
         assert len(told) == (0 if kept else 1)
-        curve = part.tone.curve(torch.from_numpy(scan.data), torch.from_numpy(scan.mask))
+        curve = part.tone.curve(
+            torch.from_numpy(scan.data), torch.from_numpy(scan.mask), scan.spacing
+        )
         expected = np.maximum(curve(scan.data), 0) + (0.1 if kept else 0)
         assert result.data[scan.mask] == pytest.approx(expected[scan.mask], abs=1e-5)
         assert result.details["bits_per_dimension"]["output"] == (2.5 if kept else 2.0)
@@ -300,7 +302,7 @@ def test_what_the_networks_change_is_bounded(model, scan, monkeypatch):
     monkeypatch.setattr(model, "_refine", lambda part, case, seed: case.start + 5 * case.mask)
     monkeypatch.setattr(model, "_bits", lambda part, image, case: 1.0)
     part = model._parts["T1w"]
-    curve = part.tone.curve(torch.from_numpy(scan.data), torch.from_numpy(scan.mask))
+    curve = part.tone.curve(torch.from_numpy(scan.data), torch.from_numpy(scan.mask), scan.spacing)
     moved = model.harmonize(scan, seed=0).data - np.maximum(curve(scan.data), 0)
     assert moved[scan.mask].max() == pytest.approx(0.3, abs=1e-4)
 

@@ -28,6 +28,7 @@ from bids_harmony.training.tone import (  # noqa: E402
 )
 from tests.flow_brains import brain  # noqa: E402
 
+MM = (2.0, 2.0, 2.0)
 EDGES = (0.012, 0.02, 0.032, 0.05, 0.08, 0.12)
 
 
@@ -40,10 +41,15 @@ def tensors(volume):
     return torch.from_numpy(volume.data), torch.from_numpy(volume.mask)
 
 
+def placed(brains):
+    """Brains with their voxel size."""
+    return [(each, MM) for each in brains]
+
+
 def identity_tone(volume):
     """A tone whose network corrects nothing."""
     image, mask = tensors(volume)
-    return Tone(mean_quantiles([(image, core(mask))]), ToneNetwork().eval())
+    return Tone(mean_quantiles([(image, core(mask, MM))]), ToneNetwork().eval())
 
 
 # --- joint histogram
@@ -152,7 +158,7 @@ def test_the_curve_undoes_an_increasing_map(gamma):
     """The truth is the reference brain itself."""
     reference = brain(1)
     scan = replace(reference, data=2.5 * reference.data**gamma)
-    curve = identity_tone(reference).curve(*tensors(scan))
+    curve = identity_tone(reference).curve(*tensors(scan), MM)
     error = (curve(scan.data) - reference.data)[scan.mask]
     assert np.abs(error).max() < 0.05
     assert np.sqrt((error**2).mean()) < 0.004
@@ -164,7 +170,7 @@ def test_the_curve_never_falls():
     torch.manual_seed(0)
     with torch.no_grad():  # a network that corrects to and fro
         tone.network.layers[-1].bias.copy_(0.3 * torch.randn(KNOTS))
-    curve = tone.curve(*tensors(brain(2, gamma=0.7)))
+    curve = tone.curve(*tensors(brain(2, gamma=0.7)), MM)
     values = np.linspace(-0.5, 3, 5000)
     assert (np.diff(curve(values)) >= 0).all()
     assert (np.diff(curve.x) > 0).all()
@@ -177,7 +183,7 @@ def test_the_networks_correction_is_added_at_the_references_intensities():
     tone = identity_tone(reference)
     with torch.no_grad():
         tone.network.layers[-1].bias.copy_(torch.linspace(0, 0.11, KNOTS))  # + 10 %
-    curve = tone.curve(*tensors(reference))
+    curve = tone.curve(*tensors(reference), MM)
     values = reference.data[reference.mask]
     inner = (values > np.quantile(values, 0.02)) & (values < np.quantile(values, 0.98))
     assert curve(values)[inner] == pytest.approx(1.1 * values[inner], abs=3e-3)
@@ -188,7 +194,7 @@ def test_coarse_integers_share_the_middle_of_their_ranks(levels):
     """Ties must not all fall to the lower end of their share, nor make a cliff of an end."""
     reference = brain(1)
     scan = replace(reference, data=np.round(reference.data * levels).astype(np.float32))
-    curve = identity_tone(reference).curve(*tensors(scan))
+    curve = identity_tone(reference).curve(*tensors(scan), MM)
     mapped = curve(scan.data)[scan.mask]
     assert mapped.mean() == pytest.approx(reference.data[scan.mask].mean(), abs=0.15 / levels)
     beyond = curve(np.array([scan.data.max() + 1]))
@@ -200,7 +206,7 @@ def test_a_saturated_scan_has_no_steep_end():
     reference = brain(1)
     top = np.quantile(reference.data[reference.mask], 0.9)
     scan = replace(reference, data=np.minimum(reference.data, top))
-    curve = identity_tone(reference).curve(*tensors(scan))
+    curve = identity_tone(reference).curve(*tensors(scan), MM)
     assert curve(np.array([top + 0.01]))[0] < curve(np.array([top]))[0] + 0.1
 
 
@@ -209,11 +215,11 @@ def test_the_curve_goes_as_far_as_it_can_be_trusted():
     reference = brain(1)
     tone = identity_tone(reference)
     scan = replace(reference, data=reference.data + np.float32(0.1) * reference.mask)
-    full = tone.curve(*tensors(scan))
+    full = tone.curve(*tensors(scan), MM)
     asked = np.sqrt(np.mean((np.array(full.y) - full.x) ** 2))
     assert asked == pytest.approx(0.1, abs=2e-3)
     for doubt, share in ((0.05, 1.0), (0.07, 0.68), (0.1, 0.0), (1.0, 0.0)):
-        curve = replace(tone, doubt=doubt).curve(*tensors(scan))
+        curve = replace(tone, doubt=doubt).curve(*tensors(scan), MM)
         values = np.array([0.4, 0.7, 0.95])
         assert curve(values) == pytest.approx(values + share * (full(values) - values), abs=3e-3)
 
@@ -221,11 +227,17 @@ def test_the_curve_goes_as_far_as_it_can_be_trusted():
 def test_doubt_is_what_happens_to_held_out_reference_brains():
     brains, held_out = [tensors(brain(s)) for s in (1, 2)], tensors(brain(3, gamma=1.2))
     tone, scores = fit_tone_model(
-        brains, [held_out], subjects="11", samples=8, epochs=1, seed=0, minutes=None
+        placed(brains),
+        placed([held_out]),
+        subjects="11",
+        samples=8,
+        epochs=1,
+        seed=0,
+        minutes=None,
     )
     values = held_out[0][held_out[1]].numpy()
-    without = mean_quantiles([(image, core(mask)) for image, mask in brains])
-    moved = replace(tone, quantiles=without, doubt=0.0).curve(*held_out)(values) - values
+    without = mean_quantiles([(image, core(mask, MM)) for image, mask in brains])
+    moved = replace(tone, quantiles=without, doubt=0.0).curve(*held_out, MM)(values) - values
     assert tone.doubt == scores["doubt"] == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-4)
     assert tone.doubt > 0.01
 
@@ -259,7 +271,7 @@ def test_a_constant_brain_is_refused():
     for spot in (0.5, 0.9):
         flat[20, 24, 20] = spot
         with pytest.raises(ScanError, match="one value"):
-            tone.curve(flat, torch.from_numpy(volume.mask))
+            tone.curve(flat, torch.from_numpy(volume.mask), MM)
 
 
 # --- training
@@ -290,7 +302,13 @@ def trained():
     torch.set_num_threads(1)
     brains = [tensors(brain(s)) for s in (1, 2, 3)]
     return fit_tone_model(
-        brains, [tensors(brain(4))], subjects="123", samples=360, epochs=200, seed=0, minutes=None
+        placed(brains),
+        placed([tensors(brain(4))]),
+        subjects="123",
+        samples=360,
+        epochs=200,
+        seed=0,
+        minutes=None,
     )
 
 
@@ -305,7 +323,7 @@ def test_more_fluid_than_the_reference_is_corrected(trained):
     scan = brain(9, ventricle=0.3)
     plain = Tone(tone.quantiles, ToneNetwork().eval())
     errors = [
-        np.abs(t.curve(*tensors(scan))(scan.data) - scan.data)[scan.mask].mean()
+        np.abs(t.curve(*tensors(scan), MM)(scan.data) - scan.data)[scan.mask].mean()
         for t in (plain, tone)
     ]
     assert errors[1] < 0.8 * errors[0]
@@ -315,8 +333,8 @@ def test_time_limit_leaves_one_sample_of_each_brain():
     brains = [tensors(brain(s)) for s in (1, 2, 3)]
     begin = time.monotonic()
     tone, scores = fit_tone_model(
-        brains,
-        [tensors(brain(4))],
+        placed(brains),
+        placed([tensors(brain(4))]),
         subjects="123",
         samples=10_000,
         epochs=1,
@@ -334,7 +352,13 @@ def test_the_seed_alone_decides():
     for before, seed in ((1, 0), (2, 0), (2, 5)):
         torch.manual_seed(before)
         tone, _ = fit_tone_model(
-            brains, brains, subjects="12", samples=8, epochs=2, seed=seed, minutes=None
+            placed(brains),
+            placed(brains),
+            subjects="12",
+            samples=8,
+            epochs=2,
+            seed=seed,
+            minutes=None,
         )
         found.append(tone.network.layers[0].weight)
     assert torch.equal(found[0], found[1])
@@ -346,7 +370,7 @@ def test_state_comes_back(trained):
     arrays = tone.arrays()
     again = Tone.from_arrays(arrays)
     scan = tensors(brain(7, gamma=0.8))
-    assert again.curve(*scan) == tone.curve(*scan)
+    assert again.curve(*scan, MM) == tone.curve(*scan, MM)
     assert not again.network.training
     del arrays["tone/layers.0.weight"]
     with pytest.raises(ScanError, match="not those of the tone network"):
@@ -369,10 +393,17 @@ def test_the_core_leaves_out_the_rim_where_enough_is_left():
     for shift in np.ndindex(5, 5, 5):  # two steps along the axes from a voxel of the rim
         if sum(abs(s - 2) for s in shift) <= 2:
             expected |= torch.roll(~cube, tuple(s - 2 for s in shift), (0, 1, 2))
-    assert torch.equal(core(cube), ~expected)
+    assert torch.equal(core(cube, MM), ~expected)
+    thick = torch.zeros_like(cube)
+    thick[4:16, 4:16, 3:17] = True  # one slice of 5 mm, two voxels in plane
+    found = core(cube, (2.0, 2.0, 5.0))
+    assert found.sum() < thick.sum(), "corners are further in"
+    assert torch.equal(found & thick, found)
+    assert found[10, 10, 3:17].all()
+    assert found[4:16, 10, 10].all()
     thin = torch.zeros_like(cube)
     thin[2:18, 2:18, 8:12] = True
-    assert torch.equal(core(thin), thin)
+    assert torch.equal(core(thin, MM), thin)
 
 
 def test_composed_curves_are_one_after_the_other():

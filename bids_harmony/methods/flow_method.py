@@ -183,7 +183,7 @@ class FlowMethod(ByModality[Part]):
         image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
         try:
             if not grid.averaged:
-                curve = part.tone.curve(image, mask)
+                curve = part.tone.curve(image, mask, grid.spacing)
                 start = mapped(curve, image, mask)
             else:
                 curve = self._fine_curve(part, volume)
@@ -205,7 +205,7 @@ class FlowMethod(ByModality[Part]):
         first = part.tone.matching(values)
         grid = on_model_grid(_toned(volume, first), part.resolution)
         second = part.tone.curve(
-            torch.from_numpy(grid.data), torch.from_numpy(grid.mask), whole=True
+            torch.from_numpy(grid.data), torch.from_numpy(grid.mask), grid.spacing, whole=True
         )
         return part.tone.trusted(composed(first, second), values)
 

@@ -167,8 +167,8 @@ def fit_part(
     learn, apart = split_by_subject(volumes, preset.resolution)
     brains, held_out = learn.brains, apart.brains
     tone, tone_scores = fit_tone_model(
-        brains,
-        held_out,
+        learn.placed,
+        apart.placed,
         subjects=learn.subjects,
         samples=preset.tone_samples,
         epochs=preset.tone_epochs,

@@ -78,7 +78,7 @@ class HarmonizingFlows(FlowMethod):
     def _refine(self, part: Part, case: Case, seed: int) -> Tensor:
         assert part.harmonizer is not None
         out = apply_harmonizer(part.harmonizer, case.start).clamp(min=0) * case.mask
-        again = part.tone.curve(out, case.mask)
+        again = part.tone.curve(out, case.mask, case.grid.spacing)
         case.curve = composed(case.curve, again)
         case.start = mapped(again, case.start, case.mask)
         return mapped(again, out, case.mask)

@@ -14,7 +14,7 @@ from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.likelihood import usable_slices
-from bids_harmony.methods.tone import Brain, Tone, mapped
+from bids_harmony.methods.tone import Brain, Placed, Tone, mapped
 
 _HELD_OUT = 0.2
 
@@ -39,7 +39,15 @@ class ReferenceBrains:
 
     def toned(self, tone: Tone) -> list[Brain]:
         """The brains after their tone was mapped, as any scan's is."""
-        return [(mapped(tone.curve(i, m), i, m), m) for i, m in self.brains]
+        return [
+            (mapped(tone.curve(image, mask, spacing), image, mask), mask)
+            for (image, mask), spacing in self.placed
+        ]
+
+    @property
+    def placed(self) -> list[Placed]:
+        """Each brain with its voxel size."""
+        return list(zip(self.brains, self.spacings, strict=True))
 
 
 def split_by_subject(

@@ -29,13 +29,14 @@ from bids_harmony.training.tone import (
     train_tone,
 )
 
-_RIM = 2  # voxels of the model's grid
+_RIM = 4.0  # mm
 _LEAST_CORE = 0.2
 _LEAST_LEVELS = 8
 _FOLDS = 4
 _END_SLOPE = (0.5, 2.0)  # least and most, relative to the curve's mean slope
 
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
+Placed = tuple[Brain, Sequence[float]]  # with its voxel size in mm
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,24 @@ class Tone:
     doubt: float = 0.0
     share: float = 1.0
 
-    def curve(self, image: Tensor, mask: Tensor, *, whole: bool = False) -> ToneCurve:
+    def curve(
+        self, image: Tensor, mask: Tensor, spacing: Sequence[float], *, whole: bool = False
+    ) -> ToneCurve:
         """The curve of one brain, as far as it can be trusted (`trusted`) unless `whole`.
 
         Parameters
         ----------
         image, mask
             Shape (X, Y, Z), model's grid, the scan's own scale.
+        spacing
+            Voxel size in mm.
 
         Raises
         ------
         ScanError
             If the brain is constant, or nearly so.
         """
-        inner = core(mask)
+        inner = core(mask, spacing)
         values = image[inner]
         if float(values.max() - values.min()) < 1e-5:
             raise ScanError("all brain voxels have one value; check image and mask")
@@ -136,12 +141,22 @@ class Tone:
         return cls(quantiles, network, doubt, share)
 
 
-def core(mask: Tensor) -> Tensor:
-    """The mask without its outer voxels, where masks of different make differ the most.
+def core(mask: Tensor, spacing: Sequence[float]) -> Tensor:
+    """The mask without its outer 4 mm, where masks of different make differ the most.
 
-    The whole mask if less than a fifth of it would be left.
+    At least one voxel on each side. The whole mask if less than a fifth of it would be left.
+
+    Parameters
+    ----------
+    mask
+        Shape (X, Y, Z).
+    spacing
+        Voxel size in mm.
     """
-    inner = torch.from_numpy(ndimage.binary_erosion(mask.numpy(), iterations=_RIM))
+    reach = [max(1, round(_RIM / size)) for size in spacing]
+    steps = np.meshgrid(*(np.arange(-r, r + 1) / r for r in reach), indexing="ij")
+    near = np.abs(steps).sum(0) <= 1 + 1e-6
+    inner = torch.from_numpy(ndimage.binary_erosion(mask.numpy(), near))
     return inner if inner.sum() > _LEAST_CORE * mask.sum() else mask
 
 
@@ -151,8 +166,8 @@ def mapped(curve: ToneCurve, image: Tensor, mask: Tensor) -> Tensor:
 
 
 def fit_tone_model(
-    brains: Sequence[Brain],
-    held_out: Sequence[Brain],
+    brains: Sequence[Placed],
+    held_out: Sequence[Placed],
     *,
     subjects: Sequence[str],
     samples: int,
@@ -171,7 +186,10 @@ def fit_tone_model(
     tone, scores
         Held-out error before and after the correction, share and doubt.
     """
-    inner, inner_held_out = ([(i, core(m)) for i, m in part] for part in (brains, held_out))
+    inner, inner_held_out = (
+        [(image, core(mask, spacing)) for (image, mask), spacing in part]
+        for part in (brains, held_out)
+    )
     quantiles = mean_quantiles([*inner, *inner_held_out])
     learned = tone_samples(inner, quantiles, count=samples, seed=seed, minutes=minutes)
     network = train_tone(learned, epochs=epochs, seed=seed)
@@ -196,27 +214,27 @@ def fit_tone_model(
     return replace(tone, doubt=doubt, share=share), {**scores, "share": share, "doubt": doubt}
 
 
-def _share(pairs: Sequence[tuple[Tone, Brain]]) -> float:
+def _share(pairs: Sequence[tuple[Tone, Placed]]) -> float:
     """Share of the correction that brings brains nearest to themselves, by least squares.
 
     Each brain goes with a tone that was not learned from it. All brain voxels count: the curve is
     found in the brain's core, but applied to its cortex too.
     """
     asked = given = 0.0
-    for tone, (image, mask) in pairs:
+    for tone, ((image, mask), spacing) in pairs:
         own = image[mask].numpy()
-        plain = tone.matching(image[core(mask)])(own)
-        moved = tone.curve(image, mask, whole=True)(own) - plain
+        plain = tone.matching(image[core(mask, spacing)])(own)
+        moved = tone.curve(image, mask, spacing, whole=True)(own) - plain
         asked += float(np.mean((own - plain) * moved))
         given += float(np.mean(moved**2))
     return float(np.clip(asked / max(given, 1e-12), 0, 1))
 
 
-def _change(tone: Tone, brain: Brain) -> float:
+def _change(tone: Tone, brain: Placed) -> float:
     """Root mean square of what the curve changes in a brain."""
-    image, mask = brain
+    (image, mask), spacing = brain
     values = image[mask].numpy()
-    curve = tone.curve(image, mask, whole=True)
+    curve = tone.curve(image, mask, spacing, whole=True)
     return float(np.sqrt(np.mean((curve(values) - values) ** 2)))
 
 

@@ -105,6 +105,7 @@ def degrade_slabs(
         return uniform(low, high, generator, (count, 1, 1, 1))
 
     image = apply_knots(clean, _tones(count, 0.03, generator, identity=True), _TOP)
+    image = image + (clean - _TOP).clamp(min=0)  # what is brighter than all knots stays brighter
     if tissue_dependent:
         around = _neighbourhood(clean, mask)
         where = torch.sigmoid((around - each(0.35, 0.7)) * each(4, 16)) * (each(0, 1) < 0.5)
