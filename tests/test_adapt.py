@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from conftest import DataSet, Ran, call, give_transform, quick
 
 from bids_harmony.interfaces.files import load, sha256
 from bids_harmony.methods.adaptation import load_adaptation
+from bids_harmony.methods.base import Contract
+from bids_harmony.workflows.adapt import Adapting
+from bids_harmony.workflows.settings import Target
 
 TWO = ["--adapt-scans", "2"]
 
@@ -329,6 +334,36 @@ def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
     assert "none of the scans of site C (T1w) that were tried can be used" in ran.err
     assert ": harmonized" in ran.line("sub-a1_T1w")
     assert "refused" in (tmp_path / "out" / "sub-c1.html").read_text()
+
+
+def test_a_site_that_the_method_refuses_is_not_tried_again(cohort, monkeypatch):
+    """Every job of an array would preprocess and refuse the same scans."""
+    monkeypatch.setenv("TINY_REFUSES", "1")
+    ran = cohort.participant("refusing", "b1")
+    assert "all lie turned; its scans are harmonized by the model as it is" in ran.err
+    assert len(cohort.log()) == 1
+    monkeypatch.delenv("TINY_REFUSES")
+    again = cohort.participant("refusing", "b4")
+    assert cohort.log() == []
+    assert ": harmonized" in again.line("sub-b4_T1w")
+    for sub in ("b1", "b4"):
+        record = cohort.record("refusing", sub)
+        assert record["Adapt"] == "none"
+        assert "none of the scans of the site" in record["Adaptation"]["reason"]
+
+
+def test_one_adaptation_for_all_gpus_and_another_for_the_cpu(tmp_path):
+    target = Target(
+        bundle=tmp_path, method="tiny", name="m", hash="0" * 64, why="", reference="A", title="",
+        citations=(), contract=Contract(("T1w",)), output_scale={}, reference_quantiles={},
+    )  # fmt: skip
+    place = SimpleNamespace(out_dir=tmp_path)
+    job = SimpleNamespace(place=place, prep=SimpleNamespace(fingerprint={}))
+    folders = [
+        Adapting(replace(target, device=device), job, lambda *_: []).folder(("B", "T1w"))
+        for device in ("cuda:0", "cuda:3", "cpu")
+    ]
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_two_sites_in_a_pool_of_workers(cohort, brains, tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("lightning")
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
-from bids_harmony.methods.base import Adaptation, NeuralMethod, Training  # noqa: E402
+from bids_harmony.methods.base import Adaptation, Chosen, NeuralMethod, Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.flow_optimization import Weights  # noqa: E402
 from bids_harmony.methods.likelihood import Normal  # noqa: E402
@@ -327,6 +327,33 @@ def test_training_scans_that_cannot_be_used(name):
     empty = replace(brain(2), mask=np.zeros(SHAPE, bool))
     with pytest.raises(ScanError, match=r"sub-02_T1w: the brain mask is empty"):
         train(name, [brain(1), empty])
+
+
+def test_a_modality_of_one_subject_is_left_out_before_anything_is_trained(caplog):
+    """It must not throw away hours of training of the other modality."""
+    volumes = [brain(9, modality="T2w"), *REFERENCE]
+    with caplog.at_level("WARNING", logger="bids_harmony"):
+        made = train(NAMES[0], volumes)
+    assert made.contract.modalities == ("T1w",)
+    assert "there is one with T2w" in caplog.text
+    alone = train(NAMES[0])
+    assert all(np.array_equal(value, alone.arrays()[key]) for key, value in made.arrays().items())
+
+
+def test_chosen_volumes_are_read_one_by_one():
+    class Counting(list):
+        seen = 0
+
+        def __getitem__(self, index):
+            Counting.seen += 1
+            return super().__getitem__(index)
+
+    chosen = Chosen(Counting("abcdef"), (1, 3, 5))
+    assert (len(chosen), Counting.seen) == (3, 0)
+    assert list(chosen) == ["b", "d", "f"]
+    assert list(chosen[1:]) == ["d", "f"]
+    with pytest.raises(IndexError):
+        chosen[3]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -256,8 +256,8 @@ def test_doubt_is_cross_validated_over_subjects(monkeypatch):
     changes = iter([0.5, 0.1, 0.1, 0.2, 0.1, 0.3])
     monkeypatch.setattr(tone_module, "_change", lambda tone, which: next(changes))
     tone, _ = fit_tone_model(
-        brains, brains[:1], subjects=("a", "b", "a", "c", "d"), samples=10, epochs=1, seed=0,
-        minutes=None,
+        placed(brains), placed(brains[:1]), subjects=("a", "b", "a", "c", "d"), samples=10,
+        epochs=1, seed=0, minutes=None,
     )  # fmt: skip
     assert seen == [[0, 1, 2, 3, 4], [1, 3, 4], [0, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
     wanted = np.sqrt(np.mean(np.square([0.5, 0.1, 0.1, 0.2, 0.1, 0.3])))
@@ -396,11 +396,7 @@ def test_the_core_leaves_out_the_rim_where_enough_is_left():
     assert torch.equal(core(cube, MM), ~expected)
     thick = torch.zeros_like(cube)
     thick[4:16, 4:16, 3:17] = True  # one slice of 5 mm, two voxels in plane
-    found = core(cube, (2.0, 2.0, 5.0))
-    assert found.sum() < thick.sum(), "corners are further in"
-    assert torch.equal(found & thick, found)
-    assert found[10, 10, 3:17].all()
-    assert found[4:16, 10, 10].all()
+    assert torch.equal(core(cube, (2.0, 2.0, 5.0)), thick)
     thin = torch.zeros_like(cube)
     thin[2:18, 2:18, 8:12] = True
     assert torch.equal(core(thin, MM), thin)

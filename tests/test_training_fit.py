@@ -270,6 +270,13 @@ def test_the_key_of_weights_is_that_of_the_weights_alone():
     assert fit.weights_key(first) == fit.weights_key(second)
 
 
+@pytest.mark.parametrize(
+    ("device", "wanted"), [("cpu", 1), ("cuda", [0]), ("cuda:0", [0]), ("cuda:3", [3])]
+)
+def test_the_gpu_that_was_asked_for(device, wanted):
+    assert fit._devices(device) == wanted
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
 def test_half_precision_is_used_where_the_processor_has_it():
     """PyTorch says yes to processors, too, on which it imitates bfloat16 at twice the time."""

@@ -25,6 +25,7 @@ from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
+    Chosen,
     Contract,
     Harmonized,
     NeuralMethod,
@@ -356,7 +357,7 @@ class Calamiti(NeuralMethod):
         training = replace(training or Training(), preset=self._preset)
         torch.set_num_threads(training.threads)
         usable = [i for i in range(len(volumes)) if volumes[i].modality in self._learned.known]
-        chosen = [volumes[i] for i in usable]
+        chosen = Chosen(volumes, usable)
         sites = sorted({volume.site for volume in chosen})
         if len(sites) != 1 or self._site is not None:
             raise ScanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
     Adaptation,
+    Chosen,
     Contract,
     Harmonized,
     Training,
@@ -33,6 +35,7 @@ from bids_harmony.methods.tone import mapped
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
+LOG = logging.getLogger("bids_harmony")
 _MOST_CHANGE = 0.3  # of the scale, beyond the tone: more is invention, not harmonization
 
 
@@ -91,25 +94,29 @@ class FlowMethod(ByModality[Part]):
     def fit(
         cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:
-        """Train tone, networks and flow for each modality; one subject in five is held out."""
+        """Train tone, networks and flow for each modality; one subject in five is held out.
+
+        Raises
+        ------
+        ScanError
+            If a brain is unusable, or no modality has two subjects. A modality that has not is
+            left out, with a warning in the log.
+        UsageError
+            If the preset is unknown.
+        """
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
-        groups: dict[str, list[int]] = {}
-        for index in range(len(volumes)):
-            groups.setdefault(volumes[index].modality, []).append(index)
+        groups = _learnable(cls.name, volumes)
         parts: dict[str, Part] = {}
         files: dict[str, bytes] = {}
         torch.set_num_threads(training.threads)
-        for modality, indices in sorted(groups.items()):
-            share = Training(
-                training.preset,
-                training.max_minutes / len(groups) if training.max_minutes else None,
-                training.device,
-                training.threads,
-                training.folder / modality if training.folder else None,
+        for modality, indices in groups.items():
+            share = replace(
+                training,
+                max_minutes=training.minutes(1 / len(groups)),
+                folder=training.below(modality),
             )
-            chosen = [volumes[i] for i in indices]
-            parts[modality], extra = fit_part(cls, chosen, preset, seed, share)
+            parts[modality], extra = fit_part(cls, Chosen(volumes, indices), preset, seed, share)
             files |= {f"{modality}_{name}": content for name, content in extra.items()}
         method = cls(parts, training.preset)
         method._files = files
@@ -290,6 +297,27 @@ class FlowMethod(ByModality[Part]):
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
         return Part.from_state(arrays, params)
+
+
+def _learnable(method: str, volumes: Sequence[Volume]) -> dict[str, list[int]]:
+    """Indices of the volumes of each modality that can be learned, before any is."""
+    groups: dict[str, list[int]] = {}
+    subjects: dict[str, set[str]] = {}
+    for index in range(len(volumes)):
+        volume = volumes[index]
+        groups.setdefault(volume.modality, []).append(index)
+        subjects.setdefault(volume.modality, set()).add(volume.subject or volume.name)
+    found = {m: groups[m] for m in sorted(groups) if len(subjects[m]) > 1}
+    few = [m for m in sorted(groups) if m not in found]
+    if few:
+        words = (
+            f"{method} learns from two subjects of the reference domain or more, one of which is "
+            f"held out; there is one with {', '.join(few)}"
+        )
+        if not found:
+            raise ScanError(f"{words}: give more scans or use a statistical method")
+        LOG.warning("left out of the training: %s", words)
+    return found
 
 
 def _toned(volume: Volume, curve: ToneCurve) -> Volume:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import side_words
 from bids_harmony.methods.base import (
+    Chosen,
     Contract,
     Harmonized,
     Training,
@@ -129,9 +130,7 @@ class Hail(ByModality[Part]):
                 max_minutes=training.minutes(1 / len(groups)),
                 folder=training.below(modality),
             )
-            chosen = [volumes[i] for i in indices]  # one modality in memory at a time
-            parts[modality], extra = fit_part(chosen, preset, seed, share)
-            del chosen
+            parts[modality], extra = fit_part(Chosen(volumes, indices), preset, seed, share)
             files |= {f"{modality}_{name}": content for name, content in extra.items()}
         method = cls(parts, training.preset)
         method._files = files

@@ -117,7 +117,7 @@ def train_network(
     seed
         Of all draws.
     device
-        ``cpu`` or ``cuda``.
+        ``cpu``, ``cuda`` or ``cuda:N``. Training uses one GPU.
     folder
         For checkpoints: a training that was killed goes on from the last one. None for none.
 
@@ -160,7 +160,7 @@ def _trainer(
         )
     return lightning.Trainer(
         accelerator="gpu" if device.startswith("cuda") else "cpu",
-        devices=1,
+        devices=_devices(device),
         max_epochs=math.ceil(plan.steps / plan.every),
         callbacks=callbacks,
         plugins=[LightningEnvironment()],  # one process, also where Slurm granted several tasks
@@ -192,6 +192,12 @@ def weights_key(network: nn.Module) -> str:
     for name, value in network.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _devices(device: str) -> int | list[int]:
+    """Lightning's name for a device: the number of a GPU, or one CPU process."""
+    kind, _, number = device.partition(":")
+    return [int(number or 0)] if kind == "cuda" else 1
 
 
 def _fast_half(device: str) -> bool:

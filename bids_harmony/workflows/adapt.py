@@ -20,7 +20,12 @@ from bids_harmony.config import ADAPT_SCANS, ADAPTED
 from bids_harmony.errors import ExitCode, MissingInputError, NothingSelectedError, UsageError
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.harmonize import AdaptToSite
-from bids_harmony.methods.adaptation import StoredAdaptation, load_adaptation
+from bids_harmony.methods.adaptation import (
+    StoredAdaptation,
+    load_adaptation,
+    save_adaptation,
+)
+from bids_harmony.methods.base import Adaptation
 from bids_harmony.workflows.cohort import Outcome, gigabytes
 from bids_harmony.workflows.engine import run_graph
 from bids_harmony.workflows.lock import one_at_a_time
@@ -32,6 +37,7 @@ from bids_harmony.workflows.volumes import store_volumes, volume_key
 LOG = logging.getLogger("bids_harmony")
 #: Unusable scans are passed over until this many times as many were tried.
 _TRIES = 3
+_REFUSED = "none of the scans of the site that were tried can be used"
 
 Key = tuple[str, str]  # site, modality
 
@@ -69,7 +75,7 @@ class Adapting:
     def folder(self, key: Key) -> Path:
         """Where the adaptation to a site is kept; other settings have another folder."""
         site, modality = key
-        words = json.dumps([site, self.settings], sort_keys=True)
+        words = json.dumps([site, self.settings, self.target.device_kind], sort_keys=True)
         label = site if re.fullmatch(r"[A-Za-z0-9_-]{1,40}", site) else "site"
         name = f"{label}_{modality}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         model = f"{self.target.name}-{self.target.hash[:12]}"
@@ -124,17 +130,35 @@ def adapt_to_sites(
         for key in todo:
             on_site(key)
         if todo:
-            failed = _run(_volumes(todo, adapting), adapting)
-            for key in (key for key in todo if key not in failed):
+            volumes = _volumes(todo, adapting)
+            failed = _run(volumes, adapting)
+            for key in [k for k, outcome in failed.items() if outcome.exit_code == ExitCode.DATA]:
+                text = failed.pop(key).message
+                LOG.warning("%s; its scans are harmonized by the model as it is", text)
+                made[key] = _remember_refusal(key, volumes[key], text, adapting)
+            for key in (key for key in todo if key not in failed and key not in made):
                 folder = adapting.folder(key)
                 made[key] = _adapt_to(folder, load_adaptation(folder))
-    for key in [k for k, outcome in failed.items() if outcome.exit_code == ExitCode.DATA]:
-        LOG.warning("%s; its scans are harmonized by the model as it is", failed.pop(key).message)
-        made[key] = AdaptTo("none", "none of the scans of the site that were tried can be used")
     return made, failed
 
 
+def _remember_refusal(
+    key: Key, pairs: Sequence[tuple[Scan, Path]], text: str, adapting: Adapting
+) -> AdaptTo:
+    """Keep that none of the scans can be adapted to, so that no further job tries them again.
+
+    Scans that could not even be preprocessed are tried again: they may have been mended.
+    """
+    if not pairs:
+        return AdaptTo("none", _REFUSED)
+    folder = adapting.folder(key)
+    save_adaptation(folder, Adaptation({}, {"refused": text}), facts=_facts(key, pairs, adapting))
+    return _adapt_to(folder, load_adaptation(folder))
+
+
 def _adapt_to(folder: Path, found: StoredAdaptation) -> AdaptTo:
+    if "refused" in found.adaptation.details:
+        return AdaptTo("none", _REFUSED)
     return AdaptTo("site", "training has not seen the site", str(folder), found.hash)
 
 
@@ -142,7 +166,7 @@ def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
     """Whether model, settings and scans are those that the adaptation was made with."""
     site, modality = key
     said = [facts.get(key) for key in ("model", "site", "settings", "device")]
-    if said != [adapting.target.hash, site, adapting.settings, adapting.target.device]:
+    if said != [adapting.target.hash, site, adapting.settings, adapting.target.device_kind]:
         return False
     subjects = sorted({scan["subject"] for scan in facts["scans"]})
     try:
@@ -241,23 +265,28 @@ def _run(
     return failed
 
 
-def _node(key: Key, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> Node:
-    target, job = adapting.target, adapting.job
-    facts = {
+def _facts(key: Key, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> dict[str, Any]:
+    """What is kept beside an adaptation: what it was made of, and with what."""
+    target = adapting.target
+    return {
         "model": target.hash,
         "model_name": target.name,
         "site": key[0],
         "modality": key[1],
         "settings": adapting.settings,
-        "device": target.device,
-        "scans": [_facts_of(scan, job) for scan, _ in pairs],
+        "device": target.device_kind,
+        "scans": [_facts_of(scan, adapting.job) for scan, _ in pairs],
     }
+
+
+def _node(key: Key, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> Node:
+    target, job = adapting.target, adapting.job
     return Node(
         AdaptToSite(
             **model_inputs(target, job.prep),
             stems=[str(stem) for _, stem in pairs],
             folder=str(adapting.folder(key)),
-            facts=facts,
+            facts=_facts(key, pairs, adapting),
         ),
         name="adapt",
         n_procs=job.prep.threads,

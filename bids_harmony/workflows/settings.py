@@ -165,6 +165,11 @@ class Target:
     segmentation: SegmentationFile | None = None
 
     @property
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``: which of several equal GPUs it is changes no voxel."""
+        return self.device.partition(":")[0]
+
+    @property
     def adapt_words(self) -> str:
         """How it adapts, as the command line says it."""
         words = [self.adapt]
@@ -258,7 +263,7 @@ def scan_settings(
         "ModelHash": target.hash,
         "ModelChoice": target.why,
         "Reference": target.reference,
-        "Device": target.device,
+        "Device": target.device_kind,
         **({"Adapt": adapt.key} if target.adapt else {}),
         "Site": scan.site,
         "SiteSource": scan.site_source,
