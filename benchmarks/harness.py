@@ -244,13 +244,15 @@ def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Setti
     Raises
     ------
     UsageError
-        If a method is not installed.
+        If a method is not installed, or the work folder was made with another seed, device or
+        time limit.
     """
     folder = settings.work / table.name
     folder.mkdir(parents=True, exist_ok=True)
     for trial in trials:
         if trial.method is not None and trial.method not in available():
             raise UsageError(f"method {trial.method} is not installed")
+    _same_settings(folder / "settings.json", settings)
     cohort = table.prepare(data, folder)
     trained = settings.work / table.models_of if table.models_of else None
     prep = Prepared(cohort, folder, settings, trained)
@@ -260,6 +262,23 @@ def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Setti
         _run_trial(table, trial, prep, rows)
     rows.keep({t.label for t in trials})
     return rows
+
+
+def _same_settings(path: Path, settings: Settings) -> None:
+    """What decides the figures must be that of what is in the work folder already.
+
+    Raises
+    ------
+    UsageError
+        If it is not.
+    """
+    mine = {"seed": settings.seed, "device": settings.device, "minutes": settings.minutes}
+    if not path.is_file():
+        write_json(path, mine)
+        return
+    theirs = json.loads(path.read_text())
+    if theirs != mine:
+        raise UsageError(f"{path.parent} was made with {theirs}, not {mine}; take another --work")
 
 
 def forget(table: Table, labels: Sequence[str], work: Path) -> None:

@@ -30,8 +30,8 @@ def one_thread():
 def stack():
     """Ten slices of a brain and their masks."""
     volume = brain(1)
-    images = slices_of(torch.from_numpy(volume.data), 2, 8)[0][10:30:2]
-    return images, slices_of(torch.from_numpy(volume.mask).float(), 2, 8)[0][10:30:2]
+    images = slices_of(torch.from_numpy(volume.data), 2, 8)[10:30:2]
+    return images, slices_of(torch.from_numpy(volume.mask).float(), 2, 8)[10:30:2]
 
 
 @pytest.fixture(scope="module")

@@ -95,12 +95,12 @@ def test_bits_fall_and_the_details_tell_it(brains):
     assert max(looks) == details["steps"]
     # What was kept is what the details say, measured here.
     image, mask = brains[0]
-    out = made(slices_of(image, 1, 4)[0])
-    inside = slices_of(mask.float(), 1, 4)[0]
+    out = made(slices_of(image, 1, 4))
+    inside = slices_of(mask.float(), 1, 4)
     chosen = usable_slices(mask, 1)
     with torch.no_grad():
         after = flow.bits_per_dim((out * inside)[chosen], inside[chosen]).mean()
-        before = flow.bits_per_dim(slices_of(image, 1, 4)[0][chosen], inside[chosen]).mean()
+        before = flow.bits_per_dim(slices_of(image, 1, 4)[chosen], inside[chosen]).mean()
     assert after < before - 0.1
 
 
@@ -228,8 +228,8 @@ def test_edge_correlation_against_numpy():
 
 
 def test_edges_do_not_feel_gain_and_offset(brains):
-    image = slices_of(brains[0][0], 1, 4)[0][20:22]
-    masks = slices_of(brains[0][1].float(), 1, 4)[0][20:22]
+    image = slices_of(brains[0][0], 1, 4)[20:22]
+    masks = slices_of(brains[0][1].float(), 1, 4)[20:22]
     assert float(edge_correlation(image, 0.4 * image + 0.2, masks)) == pytest.approx(1, abs=1e-4)
     assert float(edge_correlation(image, image.flip(2), masks)) < 0.9
 

@@ -87,7 +87,7 @@ def to_model_grid(
 ) -> ModelGrid:
     """Turn a scan to the model's orientation, cut it to its brain, make small voxels larger.
 
-    Axes whose voxels are more than a third smaller than `resolution` are averaged down to it
+    Axes whose voxels are more than a quarter smaller than `resolution` are averaged down to it
     inside the mask; others are kept, so that nothing is invented between thick slices.
 
     Parameters

@@ -16,7 +16,7 @@ from bids_harmony.methods.base import Adaptation, Volume
 from bids_harmony.methods.flow_method import Case, FlowMethod
 from bids_harmony.methods.flow_optimization import Weights, masked_ncc, optimize_slices
 from bids_harmony.methods.flow_training import Part, Preset
-from bids_harmony.methods.likelihood import slices_of, usable_slices
+from bids_harmony.methods.likelihood import from_slices, slices_of, usable_slices
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.networks.spline_flow import SplineFlow
@@ -77,15 +77,14 @@ class BlindHarmony(FlowMethod):
         weights = self._weights[case.modality]
         device = next(part.flow.parameters()).device
         usable = usable_slices(case.mask, self.axis)
-        stack, (height, width) = slices_of(case.start, self.axis, part.flow.divisor)
-        inside, _ = slices_of(case.mask.float(), self.axis, part.flow.divisor)
+        stack = slices_of(case.start, self.axis, part.flow.divisor)
+        inside = slices_of(case.mask.float(), self.axis, part.flow.divisor)
         done = optimize_slices(
             part.flow, stack[usable].to(device), inside[usable].to(device), weights
         )
         out = stack.clone()
         out[usable] = done.images.cpu()
-        top, left = (stack.shape[2] - height) // 2, (stack.shape[3] - width) // 2
-        out = out[:, 0, top : top + height, left : left + width].movedim(0, self.axis)
+        out = from_slices(out, case.start.shape, self.axis)
         change = consistent(out - case.start, case.mask, self.axis)
         case.details |= {
             "alpha": weights.alpha,
@@ -160,8 +159,8 @@ class BlindHarmony(FlowMethod):
         for case in cases:
             usable = usable_slices(case.mask, self.axis)
             chosen = [usable[(2 * i + 1) * len(usable) // (2 * each)] for i in range(each)]
-            images.append(slices_of(case.start, self.axis, part.flow.divisor)[0][chosen])
-            masks.append(slices_of(case.mask.float(), self.axis, part.flow.divisor)[0][chosen])
+            images.append(slices_of(case.start, self.axis, part.flow.divisor)[chosen])
+            masks.append(slices_of(case.mask.float(), self.axis, part.flow.divisor)[chosen])
             side = max(side, *images[-1].shape[2:])
         stacks = [
             torch.cat([on_canvas(v, side, side) for v in part_]).to(device)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from bids_harmony.networks.flow import Flow
 
-_HALVINGS = 5
+_SIZES = 5  # of a step, each half the one before
 _EDGE_SHARE = 0.3  # the smoothest share of a slice counts as free of edges
 _EDGE_LEAST = 0.05
 _CHUNK = 8
@@ -104,14 +104,12 @@ def flat_places(source: Tensor, masks: Tensor) -> Tensor:
     return flat
 
 
-def optimize_slices(
-    flow: Flow, source: Tensor, masks: Tensor, weights: Weights, *, start: Tensor | None = None
-) -> Optimized:
+def optimize_slices(flow: Flow, source: Tensor, masks: Tensor, weights: Weights) -> Optimized:
     """Bring slices nearer to the centre of the flow's latents without leaving the source.
 
     Each iteration takes the gradient step on D (eq. 13) and shrinks the latents (eq. 12). It is
     taken back for slices whose objective ``D + alpha |z|^2`` (eq. 11) rose, with half the step,
-    up to `_HALVINGS` times; a slice that cannot be lowered has arrived.
+    `_SIZES` sizes of a step in all; a slice that none of them lowers has arrived.
 
     Parameters
     ----------
@@ -121,23 +119,20 @@ def optimize_slices(
         Shape (N, 1, H, W), on the flow's device: what the result must correlate with.
     weights
         The paper's hyperparameters.
-    start
-        First image; the source itself by default.
     """
     images, accepted, rejected = [], 0, 0
-    begin = source if start is None else start
     for part in range(0, len(source), _CHUNK):
         chosen = slice(part, part + _CHUNK)
-        found, yes, no = _optimize(flow, begin[chosen], source[chosen], masks[chosen], weights)
+        found, yes, no = _optimize(flow, source[chosen], masks[chosen], weights)
         images.append(found)
         accepted, rejected = accepted + yes, rejected + no
     return Optimized(torch.cat(images), accepted, rejected)
 
 
 def _optimize(
-    flow: Flow, image: Tensor, source: Tensor, masks: Tensor, weights: Weights
+    flow: Flow, source: Tensor, masks: Tensor, weights: Weights
 ) -> tuple[Tensor, int, int]:
-    image, flat = image.clone(), flat_places(source, masks)
+    image, flat = source.clone(), flat_places(source, masks)
     accepted = rejected = 0
     best = _objective(flow, image, source, masks, flat, weights)
     active = torch.ones(len(image), dtype=torch.bool, device=image.device)
@@ -151,7 +146,7 @@ def _optimize(
         )
         lowered = torch.zeros_like(active)
         size = 1.0
-        for _ in range(_HALVINGS):
+        for _ in range(_SIZES):
             left = rows[~lowered[rows]]
             if not len(left):
                 break

@@ -203,7 +203,7 @@ class _Slabs:
         sides = [n for i, _ in brains for a, n in enumerate(i.shape) if a != axis]
         side = -(-max(sides) // divisor) * divisor
         for image, mask in brains:
-            stack, inside = (slices_of(v.float(), axis, 1)[0][:, 0] for v in (image, mask))
+            stack, inside = (slices_of(v.float(), axis, 1)[:, 0] for v in (image, mask))
             padded = functional.pad(stack, (0, 0, 0, 0, reach, reach))
             for index in usable_slices(mask, axis):
                 slab = padded[index : index + harmonizer.slices]

@@ -16,7 +16,7 @@ from bids_harmony.methods.base import Adaptation, Volume
 from bids_harmony.methods.flow_method import Case, FlowMethod
 from bids_harmony.methods.flow_training import Part, Preset
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
-from bids_harmony.methods.likelihood import slices_of
+from bids_harmony.methods.likelihood import from_slices, slices_of
 from bids_harmony.methods.task_entropy import Segmentation
 from bids_harmony.methods.tone import Brain, load_arrays, mapped, state_arrays
 from bids_harmony.networks.affine_flow import AffineFlow
@@ -151,8 +151,10 @@ class HarmonizingFlows(FlowMethod):
         return made
 
 
-def apply_harmonizer(harmonizer: HarmonizerUNet, image: Tensor) -> Tensor:
-    """Mean of the harmonizer's answers across the three axes.
+def apply_harmonizer(
+    harmonizer: HarmonizerUNet, image: Tensor, axes: Sequence[int] = (0, 1, 2)
+) -> Tensor:
+    """Mean of the harmonizer's answers across the axes.
 
     Parameters
     ----------
@@ -164,17 +166,11 @@ def apply_harmonizer(harmonizer: HarmonizerUNet, image: Tensor) -> Tensor:
     device = next(harmonizer.parameters()).device
     total = torch.zeros_like(image)
     with torch.no_grad():
-        for axis in range(3):
-            out = [
-                harmonizer(s.to(device))[:, 0].float().cpu()
-                for s in slabs(image, axis, harmonizer).split(8)
-            ]
-            height, width = (n for a, n in enumerate(image.shape) if a != axis)
-            stack = torch.cat(out)
-            top, left = (stack.shape[1] - height) // 2, (stack.shape[2] - width) // 2
-            stack = stack[:, top : top + height, left : left + width]
-            total += stack.movedim(0, axis)
-    return total / 3
+        for axis in axes:
+            parts = slabs(image, axis, harmonizer).split(8)
+            out = torch.cat([harmonizer(s.to(device)).float().cpu() for s in parts])
+            total += from_slices(out, image.shape, axis)
+    return total / len(axes)
 
 
 def slabs(image: Tensor, axis: int, harmonizer: HarmonizerUNet) -> Tensor:
@@ -183,7 +179,7 @@ def slabs(image: Tensor, axis: int, harmonizer: HarmonizerUNet) -> Tensor:
     Squares as in training: how near the canvas ends is seen by convolutions.
     """
     side = -(-max(image.shape) // harmonizer.divisor) * harmonizer.divisor
-    stack = on_canvas(slices_of(image, axis, 1)[0], side, side)
+    stack = on_canvas(slices_of(image, axis, 1), side, side)
     reach = harmonizer.slices // 2
     padded = functional.pad(stack[:, 0], (0, 0, 0, 0, reach, reach))
     count = stack.shape[0]

@@ -22,12 +22,14 @@ _SMOOTH = 0.6  # voxels
 
 @dataclass(frozen=True)
 class Normal:
-    """Bits per dimension of held-out brains of the reference domain.
+    """Bits per dimension of the reference domain's brains.
 
     Attributes
     ----------
-    mean, deviation
+    mean
         Over held-out brains, after their tone was mapped like any scan's.
+    deviation
+        Over all of its brains, which are more.
     """
 
     mean: float
@@ -76,12 +78,17 @@ def usable_slices(mask: Tensor, axis: int) -> list[int]:
     return [int(i) for i in torch.nonzero(voxels >= _LEAST_VOXELS)[:, 0]]
 
 
-def slices_of(image: Tensor, axis: int, divisor: int) -> tuple[Tensor, tuple[int, int]]:
-    """All slices across `axis`, (N, 1, H, W) padded to multiples, and their height and width."""
+def slices_of(image: Tensor, axis: int, divisor: int) -> Tensor:
+    """All slices across `axis`, (N, 1, H, W), padded to multiples of `divisor`."""
     stack = image.movedim(axis, 0)[:, None]
-    height, width = int(stack.shape[2]), int(stack.shape[3])
-    up = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
-    return on_canvas(stack, *up), (height, width)
+    height, width = (-(-size // divisor) * divisor for size in stack.shape[2:])
+    return on_canvas(stack, height, width)
+
+
+def from_slices(stack: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """Inverse of `slices_of`: the image of this shape whose slices are (N, 1, H, W)."""
+    height, width = (size for a, size in enumerate(shape) if a != axis)
+    return on_canvas(stack[:, 0], height, width).movedim(0, axis)
 
 
 def bits_of_brain(
@@ -110,8 +117,8 @@ def bits_of_brain(
         return float("inf")
     chosen = [usable[round(i)] for i in np.linspace(0, len(usable) - 1, min(slices, len(usable)))]
     device = next(flow.parameters()).device
-    stack, _ = slices_of(image.movedim(axis, 0)[chosen], 0, flow.divisor)
-    inside, _ = slices_of(mask.movedim(axis, 0)[chosen].float(), 0, flow.divisor)
+    stack = slices_of(image.movedim(axis, 0)[chosen], 0, flow.divisor)
+    inside = slices_of(mask.movedim(axis, 0)[chosen].float(), 0, flow.divisor)
     with torch.no_grad():
         bits = torch.cat([
             flow.bits_per_dim(s.to(device), m.to(device)).cpu()

@@ -2,8 +2,8 @@
 
 Harmonizing Flows pre-trains its harmonizer to undo random increasing intensity maps, shifts,
 gains and gammas. Mapping quantiles undoes all of these by itself, so what is drawn here is what
-it cannot undo: tissue fractions that differ from the reference domain's, tone that depends on the
-tissue, low contrast on a pedestal, and the noise and bias field that are amplified with it.
+it cannot undo: tone that depends on the tissue, low contrast on a pedestal, and the noise and bias
+field that are amplified with it. (Tissue fractions that differ are drawn in `training.tone`.)
 All randomness comes from the generator that is given.
 """
 
@@ -78,9 +78,7 @@ def soften(image: Tensor, deviation: Tensor) -> Tensor:
     return image
 
 
-def degrade_slabs(
-    clean: Tensor, mask: Tensor, generator: torch.Generator, *, tissue_dependent: bool = True
-) -> Tensor:
+def degrade_slabs(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Slabs of the reference domain as a foreign scanner's look after quantile mapping.
 
     Parameters
@@ -91,8 +89,6 @@ def degrade_slabs(
         Brain mask, same shape.
     generator
         Of all draws.
-    tissue_dependent
-        Also change the tone by what lies around a voxel, as scanners' tissue contrasts do.
 
     Returns
     -------
@@ -106,10 +102,10 @@ def degrade_slabs(
 
     image = apply_knots(clean, _tones(count, 0.03, generator, identity=True), _TOP)
     image = image + (clean - _TOP).clamp(min=0)  # what is brighter than all knots stays brighter
-    if tissue_dependent:
-        around = _neighbourhood(clean, mask)
-        where = torch.sigmoid((around - each(0.35, 0.7)) * each(4, 16)) * (each(0, 1) < 0.5)
-        image = image + where * apply_knots(clean, _tones(count, 0.03, generator), _TOP)
+    # scanners' tissue contrasts: the tone depends on what lies around a voxel
+    around = _neighbourhood(clean, mask)
+    where = torch.sigmoid((around - each(0.35, 0.7)) * each(4, 16)) * (each(0, 1) < 0.5)
+    image = image + where * apply_knots(clean, _tones(count, 0.03, generator), _TOP)
     blurred = soften(image, uniform(0, 0.7, generator, (count,)))
     image = torch.where(each(0, 1) < 0.5, blurred, image)
     slope = _waves(count, generator) * uniform(0, 0.6, generator, (count, 1))
