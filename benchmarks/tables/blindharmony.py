@@ -73,7 +73,7 @@ class BlindHarmony(Table):
         Column("slice_x", "slice jumps x", digits=4, better="lower", shown=False),
         Column("slice_y", "slice jumps y", digits=4, better="lower", shown=False),
         Column("slice_z", "slice jumps z", digits=4, better="lower", shown=False),
-        Column("slice_to_input", "slice jumps / input's", better="one", shown=False),
+        Column("slice_to_input", "slice jumps / input's", better="one"),
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",

@@ -70,7 +70,7 @@ class Travelling(Table):
           for t in ("gm", "wm", "csf")),
         Column("edges", "edge correlation", "", 4, shown=False),
         *(Column(f"slice_{k}", f"slice jumps {k}", "", 4, "lower", shown=False) for k in "xyz"),
-        Column("slice_to_input", "slice jumps / input's", "", 2, "one", shown=False),
+        Column("slice_to_input", "slice jumps / input's", "", 2, "one"),
     )  # fmt: skip
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
