@@ -197,16 +197,17 @@ def fit_tone_model(
     scores = tone_errors(
         network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
     )
-    others = Tone(mean_quantiles(inner), network)
-    pairs = [(others, brain) for brain in held_out]
+    pairs = [(Tone(mean_quantiles(inner), network), brain) for brain in held_out]
     names = sorted(set(subjects))
     folds = min(_FOLDS, len(names))
     for fold in range(folds if folds > 1 else 0):
         apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
-        rest_of = [brain for k, brain in enumerate(inner) if k not in apart]
-        own = train_tone(learned.without(apart), epochs=epochs, seed=seed)
-        others = Tone(mean_quantiles([*rest_of, *inner_held_out]), own)
-        pairs += [(others, brains[k]) for k in apart]
+        others = [brain for k, brain in enumerate(inner) if k not in apart]
+        judge = Tone(
+            mean_quantiles([*others, *inner_held_out]),
+            train_tone(learned.without(apart), epochs=epochs, seed=seed),
+        )
+        pairs += [(judge, brains[k]) for k in apart]
     tone = Tone(quantiles, network)
     share = _share(pairs)
     changes = [_change(replace(other, share=share), brain) for other, brain in pairs]
