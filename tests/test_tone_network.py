@@ -25,6 +25,7 @@ from bids_harmony.training.tone import (  # noqa: E402
     foreign_part,
     mean_quantiles,
     probabilities,
+    tone_samples,
 )
 from tests.flow_brains import brain  # noqa: E402
 
@@ -295,6 +296,21 @@ def test_foreign_part_without_change_wants_no_correction():
         assert float(weight.sum()) == pytest.approx(1, abs=1e-5)
         sizes.append(float((weight * wanted.square()).sum().sqrt()))
     assert 0.002 < np.median(sizes) < 0.2
+
+
+def test_samples_of_one_mapping_serve_for_another_near_it():
+    """Wanted corrections as if drawn anew on other mean quantiles."""
+    brains = [tensors(brain(s)) for s in (1, 2)]
+    old = mean_quantiles(brains)
+    new = Quantiles(old.values + 0.03 * torch.sin(3 * old.values))
+    first, anew = (tone_samples(brains, q, count=12, seed=0) for q in (old, new))
+    moved = first.towards(old, new)
+
+    def apart(samples):
+        return float((anew.weights * (samples.targets - anew.targets).abs()).sum(1).mean())
+
+    assert apart(moved) < 0.25 * apart(first)
+    assert torch.equal(moved.features, first.features)
 
 
 @pytest.fixture(scope="module")

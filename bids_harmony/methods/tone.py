@@ -181,6 +181,9 @@ def fit_tone_model(
     `subjects`, and over `held_out`: one brain of unusual tissue fractions must not decide them
     alone. Neither the network nor the mean quantiles by which a brain is judged have seen it.
 
+    A network learns on the mapping to the mean quantiles of its own brains. On a mapping to
+    other ones it would learn the difference too, and take away what those others add.
+
     Returns
     -------
     tone, scores
@@ -190,25 +193,26 @@ def fit_tone_model(
         [(image, core(mask, spacing)) for (image, mask), spacing in part]
         for part in (brains, held_out)
     )
-    quantiles = mean_quantiles([*inner, *inner_held_out])
+    quantiles = mean_quantiles(inner)
     learned = tone_samples(inner, quantiles, count=samples, seed=seed, minutes=minutes)
     network = train_tone(learned, epochs=epochs, seed=seed)
     rest = None if minutes is None else minutes / 8
     scores = tone_errors(
         network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
     )
-    pairs = [(Tone(mean_quantiles(inner), network), brain) for brain in held_out]
+    pairs = [(Tone(quantiles, network), brain) for brain in held_out]
     names = sorted(set(subjects))
     folds = min(_FOLDS, len(names))
     for fold in range(folds if folds > 1 else 0):
         apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
         others = [brain for k, brain in enumerate(inner) if k not in apart]
+        theirs = learned.without(apart).towards(quantiles, mean_quantiles(others))
         judge = Tone(
             mean_quantiles([*others, *inner_held_out]),
-            train_tone(learned.without(apart), epochs=epochs, seed=seed),
+            train_tone(theirs, epochs=epochs, seed=seed),
         )
         pairs += [(judge, brains[k]) for k in apart]
-    tone = Tone(quantiles, network)
+    tone = Tone(mean_quantiles([*inner, *inner_held_out]), network)
     share = _share(pairs)
     changes = [_change(replace(other, share=share), brain) for other, brain in pairs]
     doubt = float(np.sqrt(np.mean(np.square(changes))))

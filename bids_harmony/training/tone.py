@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from bids_harmony.networks.tone import KNOTS, ToneNetwork, joint_histogram, knots_of
+from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram, knots_of
 from bids_harmony.training.degrade import (
     apply_knots,
     increasing_map,
@@ -90,6 +91,19 @@ class ToneSamples:
         return ToneSamples(
             self.features[keep], self.targets[keep], self.weights[keep], self.brains[keep]
         )
+
+    def towards(self, old: Quantiles, new: Quantiles) -> ToneSamples:
+        """As if they had been mapped to `new` quantiles, which are near the `old` ones.
+
+        What the mapping adds, the correction need not, and what it moves is corrected where it
+        comes to lie; features are kept.
+        """
+        knots = torch.linspace(0, TOP, KNOTS).double()
+        ends = new.values.double().numpy()
+        came_from = knots - torch.from_numpy(np.interp(knots, ends, ends - old.values.numpy()))
+        low, part = knots_of(came_from)
+        there = self.targets[:, low] + part * (self.targets[:, low + 1] - self.targets[:, low])
+        return replace(self, targets=(there + came_from - knots).float())
 
 
 def tone_samples(
