@@ -1,6 +1,6 @@
 """Which scans a flow method takes, flags or refuses, by bits per dimension.
 
-    python -m benchmarks.out_of_domain [--data DIR] [--work DIR] [--out DIR]
+    python -m benchmarks.out_of_domain [--methods ...] [--data DIR] [--work DIR] [--out DIR]
 
 after ``python -m benchmarks.run blindharmony-1-3``, whose models (novosibirsk, T1w) it uses. Real
 T1w scans of other scanners should pass; other contrasts given as T1w, a brain upside down, with
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "openmulti")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "benchmarks")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     models = options.work.absolute() / "blindharmony-1-3" / "out" / "models"
     folder = options.work.absolute() / "out-of-domain"
@@ -110,7 +111,7 @@ def main() -> None:
     reference = next(v for name, v in volumes if "nov61" in name)
     volumes += [(f"{name} (nov61)", v) for name, v in impostors(reference)]
     found = {}
-    for key in METHODS:
+    for key in options.methods:
         method = load_bundle(models / key).method
         if not isinstance(method, FlowMethod):
             raise ScanError(f"{models / key}: not a flow method")
@@ -118,7 +119,7 @@ def main() -> None:
         for name, volume in volumes:
             found[name, key] = verdict(method, volume)
             print(key, name, found[name, key], flush=True)
-    heads = " | ".join(f"{k}: input | {k}: judged | {k}" for k in METHODS)
+    heads = " | ".join(f"{k}: input | {k}: judged | {k}" for k in options.methods)
     lines = [
         "# Out of the reference domain",
         "",
@@ -130,11 +131,11 @@ def main() -> None:
         *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
         "",
         f"| scan | {heads} |",
-        "|" + "---|" * (1 + 3 * len(METHODS)),
+        "|" + "---|" * (1 + 3 * len(options.methods)),
     ]
     for name, _ in volumes:
         cells = []
-        for key in METHODS:
+        for key in options.methods:
             before, after, word = found[name, key]
             cells.append(f"{before:.2f} | {after:.2f} | {word}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
