@@ -185,8 +185,8 @@ def _write(
         f"subjects, on the model's grid, after one pass of the network. `noisy`: {NOISY} with "
         f"noise of {100 * NOISE:.0f} % of the scale, more than the network was taught on. *last*: "
         "the state after the last step, whether kept or not; the other columns are the states "
-        f"that the adaptation keeps. All variants but the first take {FREE.steps} steps: neither "
-        "edges that move nor a score that stands still ends them. The method itself averages "
+        "that the adaptation keeps. No variant but the first ends where edges move or the score "
+        f"stands still; those without a stop rule take all {FREE.steps} steps. The method averages "
         "three passes, finds a second tone curve and gives back a scan's detail, which these "
         "figures leave out.",
         "",
