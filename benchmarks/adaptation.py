@@ -186,9 +186,9 @@ def _write(
         f"noise of {100 * NOISE:.0f} % of the scale, more than the network was taught on. *last*: "
         "the state after the last step, whether kept or not; the other columns are the states "
         "that the adaptation keeps. No variant but the first ends where edges move or the score "
-        f"stands still; those without a stop rule take all {FREE.steps} steps. The method averages "
-        "three passes, finds a second tone curve and gives back a scan's detail, which these "
-        "figures leave out.",
+        f"stands still; those without a stop rule take all {FREE.steps} steps. The method "
+        "averages three passes, finds a second tone curve and gives back a scan's detail, which "
+        "these figures leave out.",
         "",
         "- command: `python -m benchmarks.adaptation`",
         *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
