@@ -127,7 +127,7 @@ def main() -> None:
         "scans), of the preprocessed input and after tone curve and blur, and what became of it. "
         "Real scans; the last rows are made of one of them. T2w and FLAIR are given as T1w.",
         "",
-        "- command: `python -m benchmarks.out_of_domain`",
+        f"- command: `python -m benchmarks.out_of_domain --methods {' '.join(options.methods)}`",
         *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
         "",
         f"| scan | {heads} |",
