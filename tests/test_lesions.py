@@ -12,10 +12,18 @@ from conftest import call, quick
 from scipy import ndimage
 
 from bids_harmony.interfaces.files import load
-from bids_harmony.metrics.lesions import lesion_contrast, lesion_volume
+from bids_harmony.metrics.lesions import lesion_contrast_and_volume
 from bids_harmony.reports.scores import score_lesions
 
 SPACING = (1.0, 1.0, 2.0)
+
+
+def lesion_contrast(image, *where):
+    return lesion_contrast_and_volume([image], *where)[0][0]
+
+
+def lesion_volume(image, *where):
+    return lesion_contrast_and_volume([image], *where)[0][1]
 
 
 def ball(radius: float, centre=(0.0, 0.0, 0.0), shape=(80, 80, 40)):

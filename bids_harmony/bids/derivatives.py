@@ -93,12 +93,10 @@ def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> 
         marked = _first(_lesion_names(scan, folder))
         if marked and "lesions" not in found:
             _take(scan, folder, name, {"lesions": marked}, found, sources, notes)
-        if not here and marked:
-            continue
-        if not here:
+        if here:
+            _take(scan, folder, name, here, found, sources, notes)
+        elif not marked:
             notes.append(f"{name}: nothing for {scan.stem}; {_looked_for(scan, folder)}")
-            continue
-        _take(scan, folder, name, here, found, sources, notes)
     return Precomputed(
         found.get("mask"),
         found.get("to_template"),

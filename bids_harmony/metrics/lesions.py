@@ -14,21 +14,22 @@ _REACH_MM = 2.0
 _RANGE = (5, 95)  # per cent
 
 
-def lesion_contrast(
-    image: NDArray[Any],
+def lesion_contrast_and_volume(
+    images: Sequence[NDArray[Any]],
     lesions: NDArray[np.bool_],
     mask: NDArray[np.bool_],
     spacing: Sequence[float],
-) -> float:
-    """How far lesions stand out from the brain around them, in units of the brain's range.
+) -> list[tuple[float, float]]:
+    """How far lesions stand out from the brain around them, and how large they look.
 
-    Median of the lesions minus median of the ring, over the difference of the brain's 95th and
-    5th percentiles: the same number on every linear scale of intensity.
+    Contrast: median of the lesions minus median of the ring, over the difference of the brain's
+    95th and 5th percentiles: the same number on every linear scale of intensity. Volume: what is
+    nearer to the lesions' median intensity than to the ring's, in a lesion and up to 2 mm from it.
 
     Parameters
     ----------
-    image
-        Shape (X, Y, Z), any scale.
+    images
+        Of one brain, shape (X, Y, Z) each, any scale.
     lesions, mask
         Same shape; lesions outside the brain mask do not count.
     spacing
@@ -37,42 +38,20 @@ def lesion_contrast(
 
     Returns
     -------
-    Negative for dark lesions; NaN if there is no lesion or no ring.
-    """
-    inside, ring, _ = _places(lesions, mask, spacing)
-    if not (inside.any() and ring.any()):
-        return float("nan")
-    low, high = np.percentile(image[mask], _RANGE)
-    difference = float(np.median(image[inside]) - np.median(image[ring]))
-    return difference / float(high - low) if high > low else float("nan")
-
-
-def lesion_volume(
-    image: NDArray[Any],
-    lesions: NDArray[np.bool_],
-    mask: NDArray[np.bool_],
-    spacing: Sequence[float],
-) -> float:
-    """Volume, in ml, of what looks like lesion in a marked lesion and up to 2 mm around it.
-
-    What looks like lesion is nearer to the lesions' median intensity than to the ring's.
-
-    Parameters
-    ----------
-    image, lesions, mask, spacing
-        As for `lesion_contrast`.
-
-    Returns
-    -------
-    NaN if there is no lesion or no ring.
+    For each image contrast, negative for dark lesions, and volume in ml; NaN if there is no
+    lesion or no ring.
     """
     inside, ring, near = _places(lesions, mask, spacing)
     if not (inside.any() and ring.any()):
-        return float("nan")
-    lesion, around = float(np.median(image[inside])), float(np.median(image[ring]))
-    values = image[near]
-    alike = np.abs(values - lesion) < np.abs(values - around)
-    return float(np.count_nonzero(alike) * np.prod(spacing) / 1000)
+        return [(float("nan"), float("nan"))] * len(images)
+    found = []
+    for image in images:
+        lesion, around = float(np.median(image[inside])), float(np.median(image[ring]))
+        low, high = np.percentile(image[mask], _RANGE)
+        contrast = (lesion - around) / float(high - low) if high > low else float("nan")
+        alike = np.abs(image[near] - lesion) < np.abs(image[near] - around)
+        found.append((contrast, float(np.count_nonzero(alike) * np.prod(spacing) / 1000)))
+    return found
 
 
 def _places(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bids_harmony.metrics.lesions import lesion_contrast, lesion_volume
+from bids_harmony.metrics.lesions import lesion_contrast_and_volume
 from bids_harmony.metrics.similarity import edge_correlation, jsd, rank_agreement, wasserstein
 from bids_harmony.reports.inputs import Metric
 
@@ -90,8 +90,8 @@ def score_lesions(
     """
     if not (lesions & mask).any():
         return [], ["the lesion mask marks nothing in the brain; check that it is of this scan"]
-    contrasts = [lesion_contrast(image, lesions, mask, spacing) for image in (before, after)]
-    volumes = [lesion_volume(image, lesions, mask, spacing) for image in (before, after)]
+    found = lesion_contrast_and_volume((before, after), lesions, mask, spacing)
+    contrasts, volumes = zip(*found, strict=True)
     rows = [
         Metric("lesion contrast", contrasts[0], contrasts[1], "of the brain's range",
                "lesions minus what lies around them; it should stay"),
