@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
-from bids_harmony.methods.base import NeuralMethod, Volume
+from bids_harmony.methods.base import Chosen, NeuralMethod, Training, Volume
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -51,6 +53,38 @@ class ByModality(NeuralMethod, Generic[P]):
         self._parts, self._preset = dict(sorted(parts.items())), preset
         self._device, self._threads = "cpu", 1
         self._files: dict[str, bytes] = {}
+
+    @classmethod
+    def _learned(
+        cls,
+        volumes: Sequence[Volume],
+        groups: Mapping[str, Sequence[int]],
+        training: Training,
+        learn: Callable[[Sequence[Volume], Training], tuple[P, Mapping[str, bytes]]],
+    ) -> Self:
+        """Train a part for each modality in turn; each has an even share of the time.
+
+        Parameters
+        ----------
+        groups
+            Indices of the volumes of each modality.
+        learn
+            Gives the part of some volumes, and files for the bundle.
+        """
+        torch.set_num_threads(training.threads)
+        parts: dict[str, P] = {}
+        files: dict[str, bytes] = {}
+        for modality, indices in groups.items():
+            share = replace(
+                training,
+                max_minutes=training.minutes(1 / len(groups)),
+                folder=training.below(modality),
+            )
+            parts[modality], extra = learn(Chosen(volumes, indices), share)
+            files |= {f"{modality}_{name}": content for name, content in extra.items()}
+        made = cls(parts, training.preset)
+        made._files = files
+        return made
 
     @classmethod
     @abstractmethod

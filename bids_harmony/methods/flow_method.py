@@ -20,7 +20,6 @@ from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed
 from bids_harmony.methods.base import (
     Adaptation,
-    Chosen,
     Contract,
     Harmonized,
     Training,
@@ -106,21 +105,12 @@ class FlowMethod(ByModality[Part]):
         """
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
-        groups = _learnable(cls.name, volumes)
-        parts: dict[str, Part] = {}
-        files: dict[str, bytes] = {}
-        torch.set_num_threads(training.threads)
-        for modality, indices in groups.items():
-            share = replace(
-                training,
-                max_minutes=training.minutes(1 / len(groups)),
-                folder=training.below(modality),
-            )
-            parts[modality], extra = fit_part(cls, Chosen(volumes, indices), preset, seed, share)
-            files |= {f"{modality}_{name}": content for name, content in extra.items()}
-        method = cls(parts, training.preset)
-        method._files = files
-        return method
+        return cls._learned(
+            volumes,
+            _learnable(cls.name, volumes),
+            training,
+            lambda chosen, share: fit_part(cls, chosen, preset, seed, share),
+        )
 
     @classmethod
     @abstractmethod

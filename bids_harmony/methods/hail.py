@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import side_words
 from bids_harmony.methods.base import (
-    Chosen,
     Contract,
     Harmonized,
     Training,
@@ -120,21 +119,12 @@ class Hail(ByModality[Part]):
         """
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
-        groups = _learnable(volumes)
-        torch.set_num_threads(training.threads)
-        parts: dict[str, Part] = {}
-        files: dict[str, bytes] = {}
-        for modality, indices in groups.items():
-            share = replace(
-                training,
-                max_minutes=training.minutes(1 / len(groups)),
-                folder=training.below(modality),
-            )
-            parts[modality], extra = fit_part(Chosen(volumes, indices), preset, seed, share)
-            files |= {f"{modality}_{name}": content for name, content in extra.items()}
-        method = cls(parts, training.preset)
-        method._files = files
-        return method
+        return cls._learned(
+            volumes,
+            _learnable(volumes),
+            training,
+            lambda chosen, share: fit_part(chosen, preset, seed, share),
+        )
 
     def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
         """The same networks for the mean style of these scans; other appearances are forgotten.
