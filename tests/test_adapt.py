@@ -373,9 +373,11 @@ def test_two_sites_in_a_pool_of_workers(cohort, brains, tmp_path):
         made.site(sub, site)
     for path in made.root.rglob("*_T1w.nii.gz"):
         give_transform(tmp_path / "theirs", path)
-    options = ["--model", cohort.model, *quick(tmp_path / "work", tmp_path / "theirs")]
-    ran = call(made.root, tmp_path / "out", "participant", *options, "--nprocs", "2")
-    assert ran.code == 0, ran.out + ran.err
+    options = [*quick(tmp_path / "work", tmp_path / "theirs"), "--nprocs", "2"]
+    # a process of its own: workers see the environment in which this one's first pool started
+    run = start(cohort, made.root, tmp_path / "out", *options)
+    told = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, told
     assert sorted(cohort.log()) == ["adapt sub-c1_T1w", "adapt sub-d1_T1w"]
     names = [p.parent.name.rpartition("-")[0] for p in cohort.stored(tmp_path / "out")]
     assert names == ["C_T1w", "site_T1w"]
@@ -383,19 +385,25 @@ def test_two_sites_in_a_pool_of_workers(cohort, brains, tmp_path):
     assert sites == ["C", "D/1"]
 
 
+def start(cohort, raw, out, *options):
+    """The command in a process of its own, which is not waited for."""
+    argv = [raw, out, "participant", "--model", cohort.model, *options]
+    return subprocess.Popen(
+        [sys.executable, "-m", "bids_harmony", *map(str, argv)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(cohort.folder / "site")},
+    )  # fmt: skip
+
+
 def test_two_jobs_adapt_once(cohort):
-    runs = []
-    environment = {**os.environ, "PYTHONPATH": str(cohort.folder / "site")}
-    for number, sub in enumerate(("b3", "b4")):
-        argv = [cohort.raw.root, cohort.folder / "shared", "participant", "--model", cohort.model,
-                *quick(cohort.folder / f"work{number}", cohort.folder / "theirs"),
-                "--participant-label", sub, *TWO]  # fmt: skip
-        runs.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "bids_harmony", *map(str, argv)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-            )
-        )  # fmt: skip
+    runs = [
+        start(
+            cohort, cohort.raw.root, cohort.folder / "shared",
+            *quick(cohort.folder / f"work{number}", cohort.folder / "theirs"),
+            "--participant-label", sub, *TWO,
+        )
+        for number, sub in enumerate(("b3", "b4"))
+    ]  # fmt: skip
     told = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     assert cohort.log() == ["adapt " + " ".join(FIRST)]
