@@ -202,6 +202,24 @@ def test_coarse_integers_share_the_middle_of_their_ranks(levels):
     assert beyond[0] < mapped.max() + 4 / levels
 
 
+def test_what_is_darker_than_the_core_keeps_its_order_and_no_signal_stays_none():
+    """Fluid and dura at the rim, darker than the ventricles, in a scan of little contrast."""
+    reference = brain(1)
+    curve = identity_tone(reference).curve(
+        *tensors(replace(reference, data=(0.3 + 0.7 * reference.data) * reference.mask)), MM
+    )
+    rim = np.linspace(0, curve.x[0], 50)
+    assert rim[-1] > 0.3
+    assert curve(rim) == pytest.approx(rim * curve.y[0] / curve.x[0], abs=1e-6)
+    assert (np.diff(curve(rim)) > 0).all()
+    # of a scan whose dark values are negative, zero is nothing special
+    shifted = (reference.data - 0.5)[reference.mask]
+    curve = identity_tone(reference).matching(torch.from_numpy(shifted))
+    gain = (curve.y[-1] - curve.y[0]) / (curve.x[-1] - curve.x[0])
+    assert curve.x[0] < 0
+    assert 0.5 * gain <= curve.start_slope <= 2 * gain
+
+
 def test_a_saturated_scan_has_no_steep_end():
     """A tenth of the voxels at the top value: one step above it is not the end of the world."""
     reference = brain(1)
