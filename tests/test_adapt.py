@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -350,6 +351,25 @@ def test_a_site_that_the_method_refuses_is_not_tried_again(cohort, monkeypatch):
         record = cohort.record("refusing", sub)
         assert record["Adapt"] == "none"
         assert "none of the scans of the site" in record["Adaptation"]["reason"]
+
+
+def test_a_refused_site_is_tried_again_when_it_has_other_scans(cohort, brains, monkeypatch):
+    monkeypatch.setenv("TINY_REFUSES", "1")
+    cohort.participant("more", "b1")
+    monkeypatch.delenv("TINY_REFUSES")
+    cohort.log()
+    sites = cohort.raw.root / "participants.tsv"
+    before = sites.read_text()
+    path = cohort.raw.scan("b9", *brains.brain("B", 9))
+    cohort.raw.site("b9", "B")
+    give_transform(cohort.folder / "theirs", path)
+    try:
+        cohort.participant("more", "b4")
+    finally:
+        shutil.rmtree(cohort.raw.root / "sub-b9")
+        sites.write_text(before)
+    assert cohort.log() == ["adapt " + " ".join(FIRST)]
+    assert cohort.record("more", "b4")["Adapt"].startswith("site ")
 
 
 def test_one_adaptation_for_all_gpus_and_another_for_the_cpu(tmp_path):

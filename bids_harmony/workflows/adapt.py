@@ -152,7 +152,8 @@ def _remember_refusal(
     if not pairs:
         return AdaptTo("none", _REFUSED)
     folder = adapting.folder(key)
-    save_adaptation(folder, Adaptation({}, {"refused": text}), facts=_facts(key, pairs, adapting))
+    facts = {**_facts(key, pairs, adapting), "candidates": _names(key, adapting)}
+    save_adaptation(folder, Adaptation({}, {"refused": text}), facts=facts)
     return _adapt_to(folder, load_adaptation(folder))
 
 
@@ -170,6 +171,8 @@ def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
         return False
     subjects = sorted({scan["subject"] for scan in facts["scans"]})
     try:
+        if "candidates" in facts and facts["candidates"] != _names(key, adapting):
+            return False  # a refused site has other scans now, which may be better
         there = {s.stem: s for s in adapting.find(subjects, modality) if s.site == site}
         return all(
             scan["name"] in there and _facts_of(there[scan["name"]], adapting.job) == scan
@@ -196,13 +199,7 @@ def _volumes(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[tuple[Sc
 
     Not only those asked for: jobs of one participant each must adapt to the same scans.
     """
-    modalities = sorted({modality for _, modality in keys})
-    found = [scan for modality in modalities for scan in adapting.find(None, modality)]
-    found.sort(key=lambda scan: (scan.subject, scan.path))
-    pools = {
-        key: [s for s in found if (s.site, s.suffix) == key][: _TRIES * adapting.count]
-        for key in keys
-    }
+    pools = _candidates(keys, adapting)
     used: dict[Key, list[tuple[Scan, Path]]] = {key: [] for key in keys}
     target, job = adapting.target, adapting.job
     while batch := [
@@ -217,6 +214,21 @@ def _volumes(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[tuple[Sc
             if scan.stem in by_name:
                 used[key].append((scan, by_name[scan.stem]))
     return used
+
+
+def _names(key: Key, adapting: Adapting) -> list[str]:
+    return [scan.stem for scan in _candidates([key], adapting)[key]]
+
+
+def _candidates(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[Scan]]:
+    """Scans of each site that are tried at most, in this order."""
+    modalities = sorted({modality for _, modality in keys})
+    found = [scan for modality in modalities for scan in adapting.find(None, modality)]
+    found.sort(key=lambda scan: (scan.subject, scan.path))
+    return {
+        key: [s for s in found if (s.site, s.suffix) == key][: _TRIES * adapting.count]
+        for key in keys
+    }
 
 
 def _warn(outcome: Outcome) -> None:
