@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import extend_change
-from bids_harmony.imaging.tone import ToneCurve, carried, fit_tone
+from bids_harmony.imaging.tone import ToneCurve, carried, fit_tone, to_zero
 
 STEP = 2.03
 OFFSET = np.array([0.4, 0.3, 0.6])
@@ -152,6 +152,18 @@ def test_noise_that_a_method_removes_is_not_tone():
     plain = float(lag[0] @ lag[1] / (lag[0] @ lag[0]))
     slope = float(curve(np.array(0.9)) - curve(np.array(0.4))) / 0.5
     assert slope > 0.7 > plain + 0.1
+
+
+def test_below_its_dark_end_a_curve_goes_straight_to_zero():
+    curve = ToneCurve((0.2, 0.5, 1.0), (0.1, 0.6, 0.9), 3.0, 0.7)  # 0 at .17 by its own slope
+    for start in (0.2, 0.3):
+        straight = to_zero(curve, start)
+        level = curve(np.array([start]))[0]
+        dark, rest = np.linspace(0, start, 9), np.linspace(start, 2, 99)
+        assert straight(dark) == pytest.approx(level * dark / start, abs=1e-6)
+        assert straight(rest) == pytest.approx(curve(rest), abs=1e-6)
+    negative = ToneCurve((-0.2, 0.5), (0.1, 0.6), 0.7, 0.7)
+    assert to_zero(negative, -0.2) == negative
 
 
 def test_errors(phantom):

@@ -25,6 +25,7 @@ _BLOCK = 2  # voxels: large enough to average noise out, small enough for the co
 _TIE = 3.0  # of neighbouring segments' slopes to a straight line, relative to the mean evidence
 _PRIOR = 1e-6  # the same, of a slope to 1
 _END_SLOPE = (0.5, 2.0)
+_DARKEST = 1e-3  # of a curve's brightest knot: less is zero
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,25 @@ def composed(first: ToneCurve, second: ToneCurve, knots: int = 513) -> ToneCurve
         tuple(y.tolist()),
         first.start_slope * second.start_slope,
         first.end_slope * second.end_slope,
+    )
+
+
+def to_zero(curve: ToneCurve, start: float) -> ToneCurve:
+    """The curve down to `start`, and below it the straight line to the origin.
+
+    No signal stays no signal. Its own slope would take what is darker than the darkest knots,
+    such as dura at the brain's rim, below zero. A curve whose knots reach zero is left as it is.
+    """
+    if start <= _DARKEST * curve.x[-1]:
+        return curve
+    x, y = np.array(curve.x), np.array(curve.y)
+    level = float(curve(np.array([start]))[0])
+    above = x > start
+    return ToneCurve(
+        (start, *x[above].tolist()),
+        (level, *np.maximum(y[above], level).tolist()),
+        level / start,
+        curve.end_slope,
     )
 
 

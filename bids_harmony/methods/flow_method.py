@@ -17,7 +17,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.layout import Coarse, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
-from bids_harmony.imaging.tone import ToneCurve, composed
+from bids_harmony.imaging.tone import ToneCurve, composed, to_zero
 from bids_harmony.methods.base import (
     Adaptation,
     Contract,
@@ -204,7 +204,9 @@ class FlowMethod(ByModality[Part]):
         second = part.tone.curve(
             torch.from_numpy(grid.data), torch.from_numpy(grid.mask), grid.spacing, whole=True
         )
-        return part.tone.trusted(composed(first, second), values)
+        darkest = float(np.interp(second.x[0], first.y, first.x))
+        whole = to_zero(composed(first, second), darkest)
+        return part.tone.trusted(whole, values)
 
     def _usable(self, volumes: Sequence[Volume]) -> tuple[Part, list[Case], list[str]]:
         """The part for these volumes' modality, those to adapt to, and why others are left out.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import Float64Array, merge_ties
-from bids_harmony.imaging.tone import ToneCurve
+from bids_harmony.imaging.tone import ToneCurve, to_zero
 from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram
 from bids_harmony.training.tone import (
     Quantiles,
@@ -33,7 +33,6 @@ _RIM = 4.0  # mm
 _LEAST_CORE = 0.2
 _LEAST_LEVELS = 8
 _FOLDS = 4
-_DARKEST = 1e-3  # of a curve's brightest knot: its darkest one is above zero
 _END_SLOPE = (0.5, 2.0)  # least and most, relative to the curve's mean slope
 
 Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
@@ -93,6 +92,7 @@ class Tone:
         y = targets + self.share * np.interp(targets, knots, correction)
         y = np.maximum.accumulate(np.maximum(y, 0))
         found = _curve(*merge_ties(plain.double().numpy(), y))
+        found = to_zero(found, found.x[0])
         return found if whole else self.trusted(found, image[mask])
 
     def matching(self, values: Tensor) -> ToneCurve:
@@ -245,19 +245,13 @@ def _change(tone: Tone, brain: Placed) -> float:
 
 
 def _curve(x: Float64Array, y: Float64Array) -> ToneCurve:
-    """Through these knots; above them with the slope of the outer ones, bounded, below to zero.
-
-    No signal stays no signal: a straight line to the origin. The slope of the outer knots would
-    take what is darker than the brain's core, at its rim, below zero.
-    """
+    """Through these knots; beyond them with the slope of the outer ones, bounded."""
     if len(x) < _LEAST_LEVELS:
         raise ScanError("nearly all brain voxels have one value; check image and mask")
     edge = max(len(x) // 20, 1)
     outer = (y[edge] - y[0]) / (x[edge] - x[0]), (y[-1] - y[-1 - edge]) / (x[-1] - x[-1 - edge])
     gain = (y[-1] - y[0]) / (x[-1] - x[0])
     start, end = np.clip(outer, _END_SLOPE[0] * gain, _END_SLOPE[1] * gain)
-    if x[0] > _DARKEST * x[-1]:
-        start = y[0] / x[0]
     return ToneCurve(tuple(x.tolist()), tuple(y.tolist()), float(start), float(end))
 
 
