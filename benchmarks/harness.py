@@ -239,7 +239,7 @@ def scans_of(bids_dir: Path, participants: Sequence[str]) -> list[Scan]:
 
 
 def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Settings) -> Rows:
-    """Compute the rows that are missing; return all rows of these trials.
+    """Compute the rows of these trials that are missing; return all rows of the work folder.
 
     Raises
     ------
@@ -260,7 +260,7 @@ def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Setti
     _preprocess(table, prep)
     for trial in trials:
         _run_trial(table, trial, prep, rows)
-    rows.keep({t.label for t in trials})
+    rows.order(table.trials)
     return rows
 
 

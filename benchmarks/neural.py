@@ -1,6 +1,6 @@
 """Seconds that the flow methods need for a scan of about 1 mm and for a new site.
 
-    python -m benchmarks.neural [--threads N] [--repeats R] [--work DIR]
+    python -m benchmarks.neural [--threads N] [--repeats R] [--work DIR] [--out DIR]
 
 after ``python -m benchmarks.run blindharmony-1-3``, whose models and preprocessed scans
 (novosibirsk, .87 x .87 x 1 mm) it uses. Baselines in the same run: histogram matching of the same
@@ -23,6 +23,8 @@ import torch
 from benchmarks.data import need
 from benchmarks.harness import scans_of
 from benchmarks.out_of_domain import preprocessed
+from benchmarks.rows import facts
+from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.flow_method import FlowMethod
@@ -53,8 +55,8 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(name: str, method: FlowMethod, volumes: list[Volume], repeats: int) -> None:
-    """Print the figures of one method."""
+def measure(name: str, method: FlowMethod, volumes: list[Volume], repeats: int) -> list[str]:
+    """The figures of one method, in words."""
     one = volumes[0]
     matching = HistogramMatching.fit(volumes, seed=0)
     base = median_seconds(lambda: matching.harmonize(one, seed=0), repeats)
@@ -63,43 +65,61 @@ def measure(name: str, method: FlowMethod, volumes: list[Volume], repeats: int) 
     site = median_seconds(lambda: method.adapt(volumes, seed=0), 1)
     alone = median_seconds(lambda: method.adapt([one], seed=0), 1)
     shape = " x ".join(str(n) for n in one.data.shape)
-    print(
-        f"{name}: scan of {shape} voxels {scan:.2f} s, {scan / base:.1f} times histogram matching"
-    )
-    print(
+    lines = [
+        f"{name}: scan of {shape} voxels {scan:.1f} s, {scan / base:.1f} times histogram matching",
         f"{name}: adaptation to a site of {len(volumes)} scans {site:.1f} s, once "
-        f"({details['steps']} steps: {details['stop_reason']})"
-    )
+        f"({details['steps']} steps: {details['stop_reason']})",
+    ]
     if isinstance(method, HarmonizingFlows):
         most = AllSteps.from_state(method.arrays(), method.params())
         most.place_on("cpu", torch.get_num_threads())
         longest = median_seconds(lambda: most.adapt(volumes, seed=0), 1)
-        print(f"{name}: the same with all {most.adaptation_plan.steps} steps {longest:.1f} s")
+        lines.append(
+            f"{name}: the same with all {most.adaptation_plan.steps} steps {longest:.1f} s"
+        )
     for cohort in (10, 1000):
         once, each = scan + site / cohort, scan + alone
-        print(
-            f"{name}: per scan in a cohort of {cohort}: {once:.2f} s; adapting to every scan "
-            f"{each:.2f} s, {each / once:.1f} times that"
+        lines.append(
+            f"{name}: per scan in a cohort of {cohort} (the sum of the above): {once:.1f} s; "
+            f"adapting to every scan {each:.1f} s, {each / once:.1f} times that"
         )
+    return lines
 
 
 def main() -> None:
-    """Measure both methods."""
+    """Measure both methods, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "benchmarks")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = need(options.work.absolute() / "blindharmony-1-3")
     volumes = [preprocessed(s, folder / "out") for s in scans_of(folder / "bids", PEOPLE)]
+    lines = [
+        "# Seconds of the flow methods",
+        "",
+        "The method alone, without preprocessing: real scans (novosibirsk, gamma .7), models of "
+        "`blindharmony-1-3`. Histogram matching of the same scan is timed in the same run.",
+        "",
+        "- command: `python -m benchmarks.neural`",
+        *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
+        f"- threads: {options.threads}, median of {options.repeats} (adaptations: once)",
+    ]
     for key in ("harmonizing-flows", "blindharmony"):
         method = load_bundle(need(folder / "out" / "models" / key)).method
         if isinstance(method, FlowMethod):
             method.place_on("cpu", options.threads)
-            measure(key, method, volumes, options.repeats)
+            lines += [
+                "",
+                *(f"- {line}" for line in measure(key, method, volumes, options.repeats)),
+            ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory of the process {peak:.2f} GiB, {options.threads} threads")
+    lines += ["", f"Peak memory of the process: {peak:.2f} GiB."]
+    print("\n".join(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(options.out / "seconds.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

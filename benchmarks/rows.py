@@ -74,9 +74,11 @@ class Rows:
         self.rows = [r for r in self.rows if r.method not in methods]
         self._write()
 
-    def keep(self, methods: Collection[str]) -> None:
-        """Look at these methods only; the file stays as it is."""
-        self.rows = [r for r in self.rows if r.method in methods]
+    def order(self, methods: Sequence[str]) -> None:
+        """Bring the rows into the order of these methods, others last."""
+        place = {method: number for number, method in enumerate(methods)}
+        self.rows.sort(key=lambda r: place.get(r.method, len(place)))
+        self._write()
 
     def text(self) -> str:
         """All rows as CSV."""

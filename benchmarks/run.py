@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.harness import Settings, Trial, forget, run_table
 from benchmarks.page import write_page
+from benchmarks.rows import Rows
 from benchmarks.tables import TABLES, TRIALS
 from bids_harmony.errors import HarmonyError
 from bids_harmony.methods.registry import available
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.redo:
             forget(table, options.redo, settings.work)
         rows = run_table(table, _trials(table.trials, options.methods), options.data, settings)
-        path = write_page(table, rows.rows, rows.text(), _command(options), options.out)
+        path = write_page(table, rows.rows, rows.text(), _command(options, rows), options.out)
     except HarmonyError as error:
         print(error, file=sys.stderr)
         return 1
@@ -63,9 +64,13 @@ def _trials(default: tuple[str, ...], wanted: list[str] | None) -> list[Trial]:
     return [TRIALS["none"], *(t for t in kept if t.label != "none")]
 
 
-def _command(options: argparse.Namespace) -> str:
+def _command(options: argparse.Namespace, rows: Rows) -> str:
     """What to type for the same figures; folders are the user's own affair."""
     words = ["python", "-m", "benchmarks.run", options.table]
+    made = {row.method for row in rows.rows}
+    trials = TABLES[options.table].trials
+    if not made.issuperset(trials):
+        words += ["--methods", *(label for label in trials if label in made)]
     for name in ("minutes", "device", "random_seed"):
         value = getattr(options, name)
         if value not in (None, "cpu", 0):

@@ -14,6 +14,8 @@ DEFAULT_DESC = "harmonized"
 DEFAULT_TEMPLATE = "MNI152NLin2009aSym"
 DEFAULT_METHOD = "nyul"
 DEFAULT_ADAPT = "site"
+#: Logging level of what a user who waits for a long step wants to read, without asking for it.
+PROGRESS = 25
 #: Folder below OUT_DIR/models with adaptations to sites, which is therefore no name for a bundle.
 ADAPTED = "adapted"
 #: Scans of a site that a method adapts to. A scanner's appearance is common to its scans, so few

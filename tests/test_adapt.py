@@ -337,12 +337,15 @@ def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
     assert "refused" in (tmp_path / "out" / "sub-c1.html").read_text()
 
 
+ALL = [*FIRST, "sub-b4_T1w"]
+
+
 def test_a_site_that_the_method_refuses_is_not_tried_again(cohort, monkeypatch):
     """Every job of an array would preprocess and refuse the same scans."""
-    monkeypatch.setenv("TINY_REFUSES", "1")
+    monkeypatch.setenv("TINY_REFUSES", " ".join(ALL))
     ran = cohort.participant("refusing", "b1")
     assert "all lie turned; its scans are harmonized by the model as it is" in ran.err
-    assert len(cohort.log()) == 1
+    assert cohort.log() == ["adapt " + " ".join(FIRST), "adapt sub-b4_T1w"]
     monkeypatch.delenv("TINY_REFUSES")
     again = cohort.participant("refusing", "b4")
     assert cohort.log() == []
@@ -353,10 +356,18 @@ def test_a_site_that_the_method_refuses_is_not_tried_again(cohort, monkeypatch):
         assert "none of the scans of the site" in record["Adaptation"]["reason"]
 
 
-def test_a_refused_site_is_tried_again_when_it_has_other_scans(cohort, brains, monkeypatch):
-    monkeypatch.setenv("TINY_REFUSES", "1")
+def test_where_the_first_scans_are_refused_the_next_ones_are_taken(cohort, monkeypatch):
+    monkeypatch.setenv("TINY_REFUSES", " ".join(FIRST))
+    cohort.participant("next", "b1")
+    assert cohort.log() == ["adapt " + " ".join(FIRST), "adapt sub-b4_T1w"]
+    record = cohort.record("next", "b1")
+    assert record["Adapt"].startswith("site ")
+    assert record["Adaptation"]["scans"] == ["sub-b4/anat/sub-b4_T1w.nii.gz"]
+
+
+def test_a_refused_site_is_tried_again_when_it_has_more_scans(cohort, brains, monkeypatch):
+    monkeypatch.setenv("TINY_REFUSES", " ".join(ALL))
     cohort.participant("more", "b1")
-    monkeypatch.delenv("TINY_REFUSES")
     cohort.log()
     sites = cohort.raw.root / "participants.tsv"
     before = sites.read_text()
@@ -368,7 +379,7 @@ def test_a_refused_site_is_tried_again_when_it_has_other_scans(cohort, brains, m
     finally:
         shutil.rmtree(cohort.raw.root / "sub-b9")
         sites.write_text(before)
-    assert cohort.log() == ["adapt " + " ".join(FIRST)]
+    assert cohort.log() == ["adapt " + " ".join(FIRST), "adapt sub-b4_T1w sub-b9_T1w"]
     assert cohort.record("more", "b4")["Adapt"].startswith("site ")
 
 

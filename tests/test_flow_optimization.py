@@ -157,8 +157,17 @@ def test_steps_are_counted_for_every_slice(stack, flow):
     assert done.accepted <= 3 * len(images)
     assert done.rejected <= len(images)  # a slice that cannot be lowered has arrived
     none = optimize_slices(flow, images, masks, Weights(iterations=0))
-    assert (none.accepted, none.rejected) == (0, 0)
+    assert (none.accepted, none.rejected, none.steps) == (0, 0, 0)
     assert torch.equal(none.images, images * masks)
+    assert done.steps <= 3
+    assert done.steps <= done.accepted <= done.steps * len(images)
+
+
+def test_a_flow_that_pulls_nowhere_has_arrived_before_all_steps(stack, flow):
+    """The source is the optimum: alpha and the gradients' weight are 0."""
+    images, masks = stack
+    done = optimize_slices(flow, images, masks, Weights(0.0, 250.0, 0.0, 5))
+    assert done.steps < 5
 
 
 def test_result_is_a_brain_like_its_source(stack, flow):

@@ -120,3 +120,40 @@ def test_zeros_around_the_brain_do_not_change_the_gain():
     small, large = made(x), made(wide)[:, :, 32:-32, 32:-32]
     assert torch.allclose(small, large, atol=1e-6)
     assert (small - x).abs().max() > 1e-3
+
+
+class Striping(torch.nn.Module):
+    """Gives every slice that it is shown a gain of its own."""
+
+    slices, divisor = 3, 8
+
+    def __init__(self):
+        super().__init__()
+        self.log = torch.nn.ParameterList()
+
+    def forward(self, x):
+        gains = 1 + 0.1 * torch.randn(len(x), generator=torch.Generator().manual_seed(len(x)))
+        self.log.append(torch.nn.Parameter(gains))
+        return gains[:, None, None, None] * x[:, 1:2]
+
+
+def test_three_planes_share_the_stripes_of_each():
+    """Every voxel has the mean of its three slices' gains."""
+    from bids_harmony.methods.harmonizing_flows import apply_harmonizer
+    from bids_harmony.metrics.slices import slice_consistency
+
+    shape = (6, 7, 8)
+    image = torch.ones(shape)
+    made = Striping()
+    made.log.append(torch.nn.Parameter(torch.zeros(1)))  # says on which device it is
+    found = apply_harmonizer(made, image)
+    gains = [part.detach() for part in made.log][1:]
+    assert [len(g) for g in gains] == list(shape)
+    x, y, z = gains
+    expected = (x[:, None, None] + y[None, :, None] + z[None, None, :]) / 3
+    assert torch.allclose(found, expected, atol=1e-6)
+    mask = torch.ones(shape, dtype=torch.bool).numpy()
+    for axis in range(3):
+        alone = apply_harmonizer(made, image, axes=(axis,))
+        jumps = [slice_consistency(v.numpy(), mask, axis) for v in (found, alone)]
+        assert jumps[0] == pytest.approx(jumps[1] / 3, rel=1e-4)

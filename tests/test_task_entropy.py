@@ -14,7 +14,7 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
-from bids_harmony.errors import MissingInputError, ScanError, UsageError  # noqa: E402
+from bids_harmony.errors import MissingInputError, UsageError  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.guided_adaptation import (  # noqa: E402
     AdaptationPlan,
@@ -335,7 +335,7 @@ def test_an_entropy_that_is_not_finite(brains):
     assert details["stop_reason"] == ROSE
     assert details["kept_step"] == 0
     assert details["history"][1]["entropy"] is None  # and not NaN, which JSON has not
-    with pytest.raises(ScanError, match="not finite"):
+    with pytest.raises(UsageError, match="not finite"):
         adapt(brains, Told(float("nan")))
 
 

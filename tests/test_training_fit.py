@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -160,6 +161,17 @@ def test_a_step_that_is_not_finite_is_left_out():
     assert (trained.steps, trained.rejected) == (117, 3)
     assert torch.isfinite(toy.weights()).all()
     assert trained.best < 0.05
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_running_statistics():
+    """The forward pass has written them before the loss is known."""
+    toy = Toy(lambda count, x: x * torch.nan if count == 30 else x)
+    toy.network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    trained = toy.train()
+    assert (trained.steps, trained.rejected) == (119, 1)
+    assert all(np.isfinite(row["held_out"]) for row in trained.curve)
+    assert torch.isfinite(toy.network[0].running_var).all()
+    assert (int(toy.network[0].num_batches_tracked) + 1) % 20 == 0  # one less than at a look
 
 
 def test_twenty_such_steps_in_a_row_end_the_training():

@@ -151,7 +151,7 @@ class TinyNeural(NeuralMethod):
 
     def adapt(self, volumes, *, seed, segmentation=None):
         note("adapt " + " ".join(v.name for v in volumes))
-        if os.environ.get("TINY_REFUSES"):
+        if {v.name for v in volumes} <= set(os.environ.get("TINY_REFUSES", "").split()):
             raise ScanError("no scan can be adapted to: all lie turned")
         gain = self.mean / mean_of(volumes)
         details = {"bpd_before": 3.0, "bpd_after": 2.5, "steps": 7, "stop_reason": "converged"}

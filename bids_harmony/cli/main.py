@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from bids_harmony.config import PROGRESS
 from bids_harmony.errors import ExitCode, HarmonyError
 
 LOG = logging.getLogger("bids_harmony")
@@ -42,9 +43,10 @@ def _leave(error: HarmonyError) -> int:
 
 
 def _start_logging(verbose: int, debug: bool) -> None:
-    level = logging.DEBUG if debug else max(25 - 5 * verbose, logging.DEBUG)
+    level = logging.DEBUG if debug else max(PROGRESS - 5 * verbose, logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("bids_harmony: %(levelname)s: %(message)s"))
+    logging.addLevelName(PROGRESS, "progress")
     LOG.handlers[:] = [handler]
     LOG.setLevel(level)
     LOG.propagate = False

@@ -90,10 +90,14 @@ class BlindHarmony(FlowMethod):
             "alpha": weights.alpha,
             "beta1": weights.beta1,
             "beta2": weights.beta2,
-            "steps": weights.iterations,
+            "steps": done.steps,
             "accepted_steps_of_slices": done.accepted,
             "rejected_steps_of_slices": done.rejected,
-            "stop_reason": "all steps" if done.accepted else "no step lowered the objective",
+            "stop_reason": (
+                "all steps"
+                if done.steps == weights.iterations
+                else "no step lowered the objective"
+            ),
         }
         return case.start + change * case.mask
 

@@ -47,11 +47,14 @@ class Optimized:
         Shape (N, 1, H, W), >= 0, 0 outside the mask.
     accepted, rejected
         Iterations that lowered a slice's objective, and those that could not, over all slices.
+    steps
+        Most iterations that lowered a slice's objective.
     """
 
     images: Tensor
     accepted: int
     rejected: int
+    steps: int
 
 
 def distance(
@@ -120,20 +123,21 @@ def optimize_slices(flow: Flow, source: Tensor, masks: Tensor, weights: Weights)
     weights
         The paper's hyperparameters.
     """
-    images, accepted, rejected = [], 0, 0
+    parts = []
     for part in range(0, len(source), _CHUNK):
         chosen = slice(part, part + _CHUNK)
-        found, yes, no = _optimize(flow, source[chosen], masks[chosen], weights)
-        images.append(found)
-        accepted, rejected = accepted + yes, rejected + no
-    return Optimized(torch.cat(images), accepted, rejected)
+        parts.append(_optimize(flow, source[chosen], masks[chosen], weights))
+    return Optimized(
+        torch.cat([part.images for part in parts]),
+        sum(part.accepted for part in parts),
+        sum(part.rejected for part in parts),
+        max((part.steps for part in parts), default=0),
+    )
 
 
-def _optimize(
-    flow: Flow, source: Tensor, masks: Tensor, weights: Weights
-) -> tuple[Tensor, int, int]:
+def _optimize(flow: Flow, source: Tensor, masks: Tensor, weights: Weights) -> Optimized:
     image, flat = source.clone(), flat_places(source, masks)
-    accepted = rejected = 0
+    accepted = rejected = steps = 0
     best = _objective(flow, image, source, masks, flat, weights)
     active = torch.ones(len(image), dtype=torch.bool, device=image.device)
     for _ in range(weights.iterations):
@@ -160,7 +164,8 @@ def _optimize(
         accepted += int(lowered.sum())
         rejected += int((active & ~lowered).sum())
         active = lowered
-    return image.clamp(min=0) * masks, accepted, rejected
+        steps += int(active.any())
+    return Optimized(image.clamp(min=0) * masks, accepted, rejected, steps)
 
 
 def _shrunk(flow: Flow, image: Tensor, share: float) -> Tensor:

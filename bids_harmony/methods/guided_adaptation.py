@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bids_harmony.errors import ScanError
+from bids_harmony.errors import UsageError
 from bids_harmony.methods.flow_optimization import gradient_magnitude, masked_ncc
 from bids_harmony.methods.likelihood import slices_of, usable_slices
 from bids_harmony.networks.flow import Flow
@@ -120,7 +120,7 @@ def adapt_harmonizer(
 
     Raises
     ------
-    ScanError
+    UsageError
         If the entropy of the pre-trained state is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -299,7 +299,7 @@ class _Run:
         noted = _rounded(self._entropy(out, masks), 6)
         self.history[-1]["entropy"] = noted
         if noted is None and len(self.history) == 1:
-            raise ScanError(
+            raise UsageError(
                 "the segmentation network gives scores that are not finite on the site's slices; "
                 "check it on them, or leave --adapt-segmentation out"
             )

@@ -102,10 +102,9 @@ class HarmonizingFlows(FlowMethod):
         Raises
         ------
         ScanError
-            If no volume can be used, they are of several modalities, or the segmentation's scores
-            are not finite.
+            If no volume can be used, or they are of several modalities.
         UsageError
-            If the segmentation network fails on the slices.
+            If the segmentation network fails on the slices, or its scores are not finite.
         """
         torch.set_num_threads(self._threads)
         torch.manual_seed(seed)

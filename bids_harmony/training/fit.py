@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from bids_harmony.config import PROGRESS
 from bids_harmony.errors import HarmonyError
 
 LOG = logging.getLogger("bids_harmony")
@@ -292,11 +293,14 @@ class _Module(lightning.LightningModule):
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self._rate(step)
+        before = [buffer.clone() for buffer in self.network.buffers()]
         loss = self._loss(batch, _generator(self._seed + 1, step, self.device))
         optimizer.zero_grad()
         self.manual_backward(loss)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self._plan.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            for buffer, old in zip(self.network.buffers(), before, strict=True):
+                buffer.copy_(old)  # running statistics, which the forward pass has changed
             self._reject()
             return
         self._in_a_row = 0
@@ -332,8 +336,8 @@ class _Module(lightning.LightningModule):
         self.curve.append({
             "step": float(self.taken), "loss": self._sum / max(self._count, 1), "held_out": score,
         })  # fmt: skip
-        LOG.info(
-            "training %s: step %d of %d, loss %.4f, held out %.4f",
+        LOG.log(
+            PROGRESS, "training %s: step %d of %d, loss %.4f, held out %.4f",
             self._name, self.taken, self._plan.steps, self.curve[-1]["loss"], score,
         )  # fmt: skip
         self._sum, self._count = 0.0, 0

@@ -129,32 +129,46 @@ def adapt_to_sites(
         todo = [key for key in lacking if key not in made]
         for key in todo:
             on_site(key)
-        if todo:
-            volumes = _volumes(todo, adapting)
-            failed = _run(volumes, adapting)
-            for key in [k for k, outcome in failed.items() if outcome.exit_code == ExitCode.DATA]:
-                text = failed.pop(key).message
-                LOG.warning("%s; its scans are harmonized by the model as it is", text)
-                made[key] = _remember_refusal(key, volumes[key], text, adapting)
-            for key in (key for key in todo if key not in failed and key not in made):
+        tried = _adapted(todo, adapting, failed) if todo else {}
+        for key in (key for key in todo if key not in failed):
+            if tried[key]:
                 folder = adapting.folder(key)
                 made[key] = _adapt_to(folder, load_adaptation(folder))
+            else:
+                made[key] = AdaptTo("none", _REFUSED)
     return made, failed
 
 
-def _remember_refusal(
-    key: Key, pairs: Sequence[tuple[Scan, Path]], text: str, adapting: Adapting
-) -> AdaptTo:
-    """Keep that none of the scans can be adapted to, so that no further job tries them again.
+def _adapted(
+    todo: Sequence[Key], adapting: Adapting, failed: dict[Key, Outcome]
+) -> dict[Key, list[tuple[Scan, Path]]]:
+    """Adapt to sites; where the method refuses all scans that were tried, to the next ones.
 
-    Scans that could not even be preprocessed are tried again: they may have been mended.
+    Returns
+    -------
+    Scans of each site that were tried: none where none could be preprocessed, which is not
+    remembered because they may be mended. Other failures than refusals are added to `failed`.
     """
-    if not pairs:
-        return AdaptTo("none", _REFUSED)
-    folder = adapting.folder(key)
-    facts = {**_facts(key, pairs, adapting), "candidates": _names(key, adapting)}
-    save_adaptation(folder, Adaptation({}, {"refused": text}), facts=facts)
-    return _adapt_to(folder, load_adaptation(folder))
+    pools = _candidates(todo, adapting)
+    counts = {key: len(pool) for key, pool in pools.items()}
+    tried: dict[Key, list[tuple[Scan, Path]]] = {key: [] for key in todo}
+    left = list(todo)
+    while left:
+        volumes = _volumes(left, pools, adapting)
+        failures = _run(volumes, adapting)
+        refused = [k for k, outcome in failures.items() if outcome.exit_code == ExitCode.DATA]
+        failed |= {key: found for key, found in failures.items() if key not in refused}
+        for key in left:
+            tried[key] += volumes[key]
+        left = [key for key in refused if pools[key]]
+        for key in (key for key in refused if key not in left):
+            text = failures[key].message
+            LOG.warning("%s; its scans are harmonized by the model as it is", text)
+            if tried[key]:
+                facts = {**_facts(key, tried[key], adapting), "candidates": counts[key]}
+                refusal = Adaptation({}, {"refused": text})
+                save_adaptation(adapting.folder(key), refusal, facts=facts)
+    return tried
 
 
 def _adapt_to(folder: Path, found: StoredAdaptation) -> AdaptTo:
@@ -171,8 +185,9 @@ def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
         return False
     subjects = sorted({scan["subject"] for scan in facts["scans"]})
     try:
-        if "candidates" in facts and facts["candidates"] != _names(key, adapting):
-            return False  # a refused site has other scans now, which may be better
+        tried = facts.get("candidates", _TRIES * adapting.count)
+        if tried < _TRIES * adapting.count and tried < len(_candidates([key], adapting)[key]):
+            return False  # a refused site has more scans now, which may be better
         there = {s.stem: s for s in adapting.find(subjects, modality) if s.site == site}
         return all(
             scan["name"] in there and _facts_of(there[scan["name"]], adapting.job) == scan
@@ -194,12 +209,10 @@ def _facts_of(scan: Scan, job: Job) -> dict[str, Any]:
     }
 
 
-def _volumes(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[tuple[Scan, Path]]]:
-    """First usable scans of each site in the whole data set, on the model's grid.
-
-    Not only those asked for: jobs of one participant each must adapt to the same scans.
-    """
-    pools = _candidates(keys, adapting)
+def _volumes(
+    keys: Sequence[Key], pools: Mapping[Key, list[Scan]], adapting: Adapting
+) -> dict[Key, list[tuple[Scan, Path]]]:
+    """The next scans of each site that can be preprocessed, on the model's grid; empties pools."""
     used: dict[Key, list[tuple[Scan, Path]]] = {key: [] for key in keys}
     target, job = adapting.target, adapting.job
     while batch := [
@@ -216,12 +229,11 @@ def _volumes(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[tuple[Sc
     return used
 
 
-def _names(key: Key, adapting: Adapting) -> list[str]:
-    return [scan.stem for scan in _candidates([key], adapting)[key]]
-
-
 def _candidates(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[Scan]]:
-    """Scans of each site that are tried at most, in this order."""
+    """Scans of each site in the whole data set that are tried at most, in this order.
+
+    Not only those asked for: jobs of one participant each must adapt to the same scans.
+    """
     modalities = sorted({modality for _, modality in keys})
     found = [scan for modality in modalities for scan in adapting.find(None, modality)]
     found.sort(key=lambda scan: (scan.subject, scan.path))
