@@ -193,13 +193,16 @@ def fit_part(
         "training.png": training_png(runs),
         "samples.png": samples_png(flow, brains[0], method.axis, seed),
     }
+    for network in (flow, harmonizer):
+        if network is not None:  # the paper's size takes hours to score on a CPU
+            network.to(training.device)
     toned = apart.toned(tone), learn.toned(tone)
     sharp, blurred = (
         [_bits_of(flow, part, method.axis, smooth=smooth) for part in toned]
         for smooth in (False, True)
     )
     normal = _normal(*sharp)
-    return Part(
+    part = Part(
         resolution=preset.resolution,
         tone=tone,
         flow=flow,
@@ -209,7 +212,9 @@ def fit_part(
         smooth=_normal(*blurred),
         goal=goal_of(harmonizer, flow, toned[0], axis=method.axis) if harmonizer else normal.mean,
         scores=_scores(tone_scores, (sharp[0], sharp[1]), runs),
-    ), files
+    )
+    part.to("cpu")
+    return part, files
 
 
 def _normal(held_out: Sequence[float], trained: Sequence[float]) -> Normal:
