@@ -343,6 +343,31 @@ def test_the_voxel_median_is_taken_where_the_network_is_worse(monkeypatch, metho
 # --- examples, adaptation, bundle
 
 
+def test_theta_as_numbers_is_that_of_examples_with_these_numbers(method, model):
+    one, two = (float(v) for v in model.arrays()["T1w/wanted"])
+    made = tolerant(method).at_theta({"T1w": (one, two)})
+    assert made.contract.modalities == ("T1w",)
+    expected = model.harmonize(SCAN, seed=0)
+    found = made.harmonize(SCAN, seed=0)
+    assert np.array_equal(found.data, expected.data)
+    assert found.details["theta_wanted"] == expected.details["theta_wanted"]
+    again = type(made).from_state(made.arrays(), json.loads(json.dumps(made.params())))
+    assert np.array_equal(again.harmonize(SCAN, seed=0).data, found.data)
+
+
+@pytest.mark.parametrize(
+    ("theta", "words"),
+    [
+        ({"FLAIR": (0.0, 0.0)}, "was trained on T1w, T2w only"),
+        ({"T1w": (0.0,)}, "give two numbers near those of the training scans"),
+        ({"T1w": (1e3, 0.0)}, "give two numbers near those of the training scans"),
+    ],
+)
+def test_theta_that_the_networks_do_not_know(method, theta, words):
+    with pytest.raises(UsageError, match=words):
+        method.at_theta(theta)
+
+
 def test_the_wanted_theta_is_the_mean_of_the_examples(model):
     for modality in ("T1w", "T2w"):
         thetas = [model.theta_of(v) for v in examples("b", modality)]

@@ -14,6 +14,7 @@ from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import UsageError
 from bids_harmony.interfaces.files import load, load_mask
 from bids_harmony.methods.bundle import load_bundle
+from bids_harmony.workflows.models import bundle_name, theta_of
 from bids_harmony.workflows.train import training_scans
 
 ALL = ["fit cpu None cpu 1", *(f"step {n}" for n in range(1, 6))]
@@ -84,6 +85,56 @@ def test_a_participant_or_a_scan_can_be_the_reference(tiny, transforms, trained,
         assert ran.code == 0, ran.out + ran.err
         assert name is None or (trained / "out" / "models" / name / "model.json").is_file()
     assert log() == ["towards sub-02_T1w"] * 2
+
+
+def test_numbers_can_be_the_reference(tiny, transforms, trained, log):  # noqa: F811
+    work, out = trained / "work", trained / "out"
+    options = ["--model", "example-A", "--reference", "T1w=0.25", "--participant-label", "01"]
+    dry = run(tiny, transforms, work, out, "participant", *options, "--dry-run")
+    assert "would first give example-A the appearance of T1w=0.25" in dry.out
+    for label in ("numbers", "numbers2"):
+        ran = run(tiny, transforms, work, out, "participant", *options, "--desc", label)
+        assert ran.code == 0, ran.out + ran.err
+    assert log() == ["at_theta {'T1w': (0.25,)}"]
+    bundle = load_bundle(out / "models" / bundle_name("example-A-as", "T1w=0.25"))
+    before = load_bundle(out / "models" / "example-A")
+    assert bundle.output_scale == before.output_scale
+    assert bundle.meta["networks"]["hash"] == before.hash
+    scale = bundle.output_scale["T1w"]
+    wanted = scale.low + 0.25 * (scale.high - scale.low)
+    assert brain_mean(trained, "01", "numbers") == pytest.approx(wanted, rel=0.05)
+    record = json.loads((out / "sub-01" / "anat" / "sub-01_desc-numbers_T1w.json").read_text())[
+        "Harmonization"
+    ]
+    assert record["Reference"] == "T1w=0.25"
+
+
+def test_numbers_need_networks_and_units(tiny, transforms, trained, tmp_path):
+    options = ["--method", "example", "--reference", "T1w=0.25"]
+    ran = run(tiny, transforms, trained / "work", tmp_path / "out", "participant", *options)
+    assert ran.code == 64
+    assert "theta belongs to trained networks" in ran.err
+    options = ["--model", "example-A", "--reference", "T1w=0.25/FLAIR=1"]
+    ran = run(tiny, transforms, trained / "work", trained / "out", "participant", *options)
+    assert ran.code == 64
+    assert "its reference has no FLAIR scan to take units from" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("T1w=0.3,-1.2/T2w=.1,4e-1", {"T1w": (0.3, -1.2), "T2w": (0.1, 0.4)}),
+        ("FLAIR=1", {"FLAIR": (1.0,)}),
+        ("T1w", {}),
+        ("T1w=", {}),
+        ("T1w=a,b", {}),
+        ("T1w=nan,1", {}),
+        ("site=0.3,1", {}),
+        ("T1w=0.3,1/", {}),
+    ],
+)
+def test_theta_in_words(words, found):
+    assert theta_of(words) == found
 
 
 def test_a_new_site_is_learned_and_the_reference_stays(

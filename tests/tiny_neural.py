@@ -194,6 +194,10 @@ class TinyExample(TinyNeural):
         seen = sorted({v.modality for v in volumes})
         return type(self)(mean_of(volumes), self.preset, seen)
 
+    def at_theta(self, theta):
+        note(f"at_theta {theta}")
+        return type(self)(theta["T1w"][0], self.preset, sorted(theta))
+
     def fine_tuned(self, volumes, *, seed, training=None):
         note("fine_tuned " + " ".join(v.name for v in volumes))
         made = type(self)(self.mean, self.preset, self.modalities)

@@ -20,6 +20,7 @@ from bids_harmony.methods.registry import load as load_method
 from bids_harmony.resources import pick_device
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.examples import (
+    bundle_at_theta,
     bundle_fine_tuned,
     bundle_towards,
     is_towards,
@@ -33,6 +34,7 @@ from bids_harmony.workflows.models import (
     choose_bundle,
     load_target,
     networks_for,
+    theta_of,
 )
 from bids_harmony.workflows.settings import SegmentationFile, Target
 from bids_harmony.workflows.train import (
@@ -126,8 +128,9 @@ def fit_further(
     if context.config.adapt_to:
         make, named = bundle_fine_tuned, name_adapted
     method = bundle_method(networks)
-    scans = examples_of(context, networks, reference)
     contract = load_bundle(networks).method.contract
+    theta = {} if context.config.adapt_to else theta_of(reference)
+    scans = [] if theta else examples_of(context, networks, reference)
     wanted = Fit(
         method,
         name or named(networks, reference),
@@ -135,6 +138,8 @@ def fit_further(
         context.grid_file(contract),
         training_of(context, method),
     )
+    if theta:
+        return bundle_at_theta(networks, theta, wanted, context.job(contract.grid)), []
     progress = Progress(len(scans))
     try:
         return make(networks, scans, wanted, context.job(contract.grid), progress)
@@ -191,6 +196,11 @@ def _bundle_of(context: Context) -> tuple[Path, str] | None:
         return choose_bundle(config.out_dir, **chosen, reference=None)
     networks = networks_for(config.out_dir, **chosen, reference=reference)
     if networks is None:
+        if theta_of(reference):
+            raise UsageError(
+                f"--reference {reference}: theta belongs to trained networks; name them with "
+                "--method or --model (train them first)"
+            )
         if not _fit_first(context, reference):
             return None
         networks = networks_for(config.out_dir, **chosen, reference=reference)
@@ -226,6 +236,8 @@ def _fit_first(context: Context, reference: str) -> bool:
 def _shows(context: Context, folder: Path, reference: str) -> bool:
     """Whether the bundle's reference is that of this data set."""
     meta = bundle_meta(folder)
+    if theta_of(reference):
+        return bool(meta.get("reference") == reference)
     modalities = sorted(meta["training_scans"])
     return shows(
         meta, reference, lambda subjects: context.find(modalities, subjects, plain=True)[0]
@@ -247,9 +259,9 @@ def _towards(context: Context, networks: Path, reference: str) -> tuple[Path, st
 
     made = there()
     if config.dry_run and not made:
-        scans = examples_of(context, networks, reference)
-        print(f"would first give {networks.name} the appearance of {len(scans)} scan(s) "
-              f"of {reference}")  # fmt: skip
+        given = theta_of(reference)
+        count = "" if given else f"{len(examples_of(context, networks, reference))} scan(s) of "
+        print(f"would first give {networks.name} the appearance of {count}{reference}")
         return None
     _refuse_to_fit(config, folder.name, made)
     with nullcontext() if made else one_at_a_time(config.out_dir / "models"):

@@ -167,8 +167,9 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
     _option(
         group,
         "--reference",
-        metavar="SITE|LABEL|FILE",
-        help="site of this data set (or one participant or scan) whose appearance is wanted",
+        metavar="SITE|LABEL|FILE|THETA",
+        help="site of this data set (or one participant or scan) whose appearance is wanted; "
+        "calamiti also takes numbers, such as T1w=0.3,-1.2/T2w=0.1,0.4",
     )
     _option(group, "--name", help="train: name of the model bundle (default METHOD-REFERENCE)")
     presets = dict.fromkeys(PRESETS)

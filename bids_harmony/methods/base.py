@@ -308,6 +308,21 @@ class NeuralMethod(Method):
         """
         raise TypeError(f"{self.name} does not harmonize by example")
 
+    def at_theta(self, theta: Mapping[str, Sequence[float]]) -> Self:
+        """The same networks, for an appearance that is given as numbers, where it is such.
+
+        Parameters
+        ----------
+        theta
+            By modality; the contract then has these modalities.
+
+        Raises
+        ------
+        UsageError
+            If the method has no theta, or it is not one of this method and modality.
+        """
+        raise UsageError(f"{self.name} has no theta: name a site, a participant or a scan")
+
     def fine_tuned(
         self, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bids_harmony.errors import ScanError
+from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
@@ -33,7 +33,7 @@ from bids_harmony.methods.base import (
     Volume,
     preset_named,
 )
-from bids_harmony.methods.calamiti_admission import Known, admit
+from bids_harmony.methods.calamiti_admission import Known, admit, checked_theta
 from bids_harmony.methods.calamiti_data import cohort_of
 from bids_harmony.methods.calamiti_drawing import (
     draw_brain,
@@ -229,6 +229,26 @@ class Calamiti(NeuralMethod):
         for modality, examples in found.items():
             one, two = np.mean([theta for _, theta in examples], axis=0).tolist()
             wanted[modality] = ((one, two), tuple(name for name, _ in examples))
+        return self._with(self._learned, wanted)
+
+    def at_theta(self, theta: Mapping[str, Sequence[float]]) -> Self:
+        """The same networks with this theta, two numbers for each modality.
+
+        Raises
+        ------
+        UsageError
+            If the networks do not know a modality, theta is not two numbers, lies far outside
+            the training scans', or the encoders were adapted to a site.
+        """
+        if self._site is not None:
+            raise UsageError(
+                f"the model is adapted to site {self._site}: give numbers to the model that it "
+                "was adapted from, then adapt that"
+            )
+        found = {m: checked_theta(self._learned.known, m, given) for m, given in theta.items()}
+        wanted: dict[str, tuple[tuple[float, float], tuple[str, ...]]] = {
+            modality: (numbers, ()) for modality, numbers in found.items()
+        }
         return self._with(self._learned, wanted)
 
     def _with(

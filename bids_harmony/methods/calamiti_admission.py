@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bids_harmony.errors import ScanError
+from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.layout import Coarse, Layout, side_words
 
 #: Above the mean error of training brains by so many standard deviations, at least by so much.
@@ -73,6 +73,29 @@ class Known:
         error, deviation = (float(v) for v in arrays["error"])
         thetas = np.array(arrays["thetas"], dtype=np.float64)
         return cls(thetas, error, deviation, Layout.from_arrays(arrays))
+
+
+def checked_theta(
+    known: Mapping[str, Known], modality: str, numbers: Sequence[float]
+) -> tuple[float, float]:
+    """Theta that a user gives as numbers.
+
+    Raises
+    ------
+    UsageError
+        If the networks do not know the modality, or theta is not two numbers near those of
+        training scans.
+    """
+    words = f"theta of {modality}, {', '.join(f'{v:g}' for v in numbers)}"
+    if modality not in known:
+        raise UsageError(f"{words}: the model was trained on {', '.join(sorted(known))} only")
+    if len(numbers) != 2 or known[modality].is_far(numbers):
+        low, high = known[modality].thetas.min(0), known[modality].thetas.max(0)
+        raise UsageError(
+            f"{words}: give two numbers near those of the training scans, {low[0]:.3g} to "
+            f"{high[0]:.3g} and {low[1]:.3g} to {high[1]:.3g} (theta.tsv of the bundle)"
+        )
+    return numbers[0], numbers[1]
 
 
 def admit(

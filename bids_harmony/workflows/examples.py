@@ -132,6 +132,40 @@ def bundle_towards(
     return save_bundle(folder, model, meta=meta), outcomes
 
 
+def bundle_at_theta(
+    networks: Path, theta: Mapping[str, Sequence[float]], fit: Fit, job: Job
+) -> Path:
+    """Write a bundle with the networks of another and an appearance given as numbers.
+
+    Its units are those of the other bundle's reference; how intensities are distributed there
+    is not known, so its reports compare with no reference.
+
+    Raises
+    ------
+    UsageError
+        If the method has no theta, or it is not one of this method and modality.
+    """
+    bundle = load_bundle(networks)
+    method = bundle.method
+    assert isinstance(method, NeuralMethod)
+    if lacking := sorted(theta.keys() - bundle.output_scale.keys()):
+        raise UsageError(
+            f"{networks}: its reference has no {', '.join(lacking)} scan to take units from"
+        )
+    meta: dict[str, Any] = {
+        **bundle.meta,
+        "name": fit.name,
+        "reference": reference_words(fit.reference),
+        "reference_scans": [],
+        "reference_quantiles": {},
+        "preprocessing": job.prep.fingerprint,
+        "output_scale": {m: bundle.meta["output_scale"][m] for m in theta},
+        "networks": bundle.meta.get("networks", {"name": networks.name, "hash": bundle.hash}),
+    }
+    folder = job.place.out_dir / "models" / fit.name
+    return save_bundle(folder, method.at_theta(theta), meta=meta)
+
+
 def bundle_fine_tuned(
     networks: Path,
     scans: Sequence[Scan],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from bids_harmony.bids.scan import MODALITIES
 from bids_harmony.config import DEFAULT_ADAPT, DEFAULT_METHOD, DEFAULT_TEMPLATE
 from bids_harmony.errors import MissingInputError, UsageError
 from bids_harmony.methods.base import NATIVE_GRID
@@ -32,6 +33,19 @@ def bundle_name(method: str, reference: str) -> str:
 def reference_words(reference: str) -> str:
     """The reference as bundles name it: the site's label, or the file name of a scan."""
     return Path(reference).name.split(".")[0] if Path(reference).is_file() else reference
+
+
+def theta_of(reference: str) -> dict[str, tuple[float, ...]]:
+    """Numbers by modality, of a reference such as ``T1w=0.3,-1.2/T2w=0.1,0.4``.
+
+    Empty for any other reference.
+    """
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    part = rf"(?:{'|'.join(MODALITIES)})={number}(?:,{number})*"
+    if not re.fullmatch(rf"{part}(?:/{part})*", reference):
+        return {}
+    pairs = (words.split("=") for words in reference.split("/"))
+    return {modality: tuple(map(float, numbers.split(","))) for modality, numbers in pairs}
 
 
 def named_bundle(out_dir: Path, *, method: str | None, model: str) -> Path:
