@@ -118,6 +118,10 @@ def test_numbers_need_networks_and_units(tiny, transforms, trained, tmp_path):
     ran = run(tiny, transforms, trained / "work", trained / "out", "participant", *options)
     assert ran.code == 64
     assert "its reference has no FLAIR scan to take units from" in ran.err
+    options = ["--model", "nyul-default", "--reference", "T1w=0.25"]
+    for level in ("train", "participant"):
+        ran = run(tiny, transforms, trained / "work", tmp_path / "out", level, *options)
+        assert ran.code == 64, ran.out + ran.err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from bids_harmony.errors import NothingSelectedError, UsageError
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.methods.base import NeuralMethod
 from bids_harmony.methods.bundle import (
+    LoadedBundle,
     bundle_hash,
     bundle_meta,
     is_bundle,
@@ -112,13 +113,7 @@ def bundle_towards(
     UsageError
         If the method does not harmonize by example, or no scan can be used.
     """
-    bundle = load_bundle(networks)
-    method = bundle.method
-    if not (isinstance(method, NeuralMethod) and method.by_example):
-        raise UsageError(
-            f"{networks} has a reference of its own: {method.name} does not harmonize by "
-            "example; give --model or --reference"
-        )
+    bundle, method = _networks_of(networks)
     stems, outcomes = store_volumes(scans, method.contract, fit.grid_file, job, on_outcome)
     wanted = reference_volumes(scans, stems, fit.reference)
     method.place_on(fit.training.device, fit.training.threads)
@@ -143,11 +138,10 @@ def bundle_at_theta(
     Raises
     ------
     UsageError
-        If the method has no theta, or it is not one of this method and modality.
+        If the method does not harmonize by example, has no theta, or it is not one of this method
+        and modality.
     """
-    bundle = load_bundle(networks)
-    method = bundle.method
-    assert isinstance(method, NeuralMethod)
+    bundle, method = _networks_of(networks)
     if lacking := sorted(theta.keys() - bundle.output_scale.keys()):
         raise UsageError(
             f"{networks}: its reference has no {', '.join(lacking)} scan to take units from"
@@ -164,6 +158,18 @@ def bundle_at_theta(
     }
     folder = job.place.out_dir / "models" / fit.name
     return save_bundle(folder, method.at_theta(theta), meta=meta)
+
+
+def _networks_of(folder: Path) -> tuple[LoadedBundle, NeuralMethod]:
+    """A bundle whose networks serve for another reference too, and its method."""
+    bundle = load_bundle(folder)
+    method = bundle.method
+    if not (isinstance(method, NeuralMethod) and method.by_example):
+        raise UsageError(
+            f"{folder} has a reference of its own: {method.name} does not harmonize by "
+            "example; give --model or --reference"
+        )
+    return bundle, method
 
 
 def bundle_fine_tuned(
