@@ -1,6 +1,6 @@
 """Seconds that the flow methods need for a scan of about 1 mm and for a new site.
 
-    python -m benchmarks.neural [--threads N] [--repeats R] [--work DIR] [--out DIR]
+    python -m benchmarks.neural [--methods M ...] [--threads N] [--repeats R] [--work DIR]
 
 after ``python -m benchmarks.run blindharmony-1-3``, whose models and preprocessed scans
 (novosibirsk, .87 x .87 x 1 mm) it uses. Baselines in the same run: histogram matching of the same
@@ -33,6 +33,7 @@ from bids_harmony.methods.harmonizing_flows import HarmonizingFlows
 from bids_harmony.methods.histogram_matching import HistogramMatching
 
 ROOT = Path(__file__).parent.parent
+METHODS = ("harmonizing-flows", "blindharmony")
 PEOPLE = ("nov61gamma07", "nov62gamma07", "nov63gamma07")  # one contrast: what a site is
 
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "benchmarks")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = need(options.work.absolute() / "blindharmony-1-3")
@@ -103,11 +105,11 @@ def main() -> None:
         "The method alone, without preprocessing: real scans (novosibirsk, gamma .7), models of "
         "`blindharmony-1-3`. Histogram matching of the same scan is timed in the same run.",
         "",
-        "- command: `python -m benchmarks.neural`",
+        f"- command: `python -m benchmarks.neural --methods {' '.join(options.methods)}`",
         *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
         f"- threads: {options.threads}, median of {options.repeats} (adaptations: once)",
     ]
-    for key in ("harmonizing-flows", "blindharmony"):
+    for key in options.methods:
         method = load_bundle(need(folder / "out" / "models" / key)).method
         if isinstance(method, FlowMethod):
             method.place_on("cpu", options.threads)
