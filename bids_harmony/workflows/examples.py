@@ -120,9 +120,13 @@ def bundle_towards(
     with memory_in_words(fit):
         model = method.towards(wanted, seed=job.prep.seed)
     mine = reference_meta(wanted, fit, job.prep)
-    source = bundle.meta.get("networks", {"name": networks.name, "hash": bundle.hash})
     scores = {**bundle.meta.get("scores", {}), **mine["scores"]}
-    meta: dict[str, Any] = {**bundle.meta, **mine, "scores": scores, "networks": source}
+    meta: dict[str, Any] = {
+        **bundle.meta,
+        **mine,
+        "scores": scores,
+        "networks": _source(bundle, networks),
+    }
     folder = job.place.out_dir / "models" / fit.name
     return save_bundle(folder, model, meta=meta), outcomes
 
@@ -154,7 +158,7 @@ def bundle_at_theta(
         "reference_quantiles": {},
         "preprocessing": job.prep.fingerprint,
         "output_scale": {m: bundle.meta["output_scale"][m] for m in theta},
-        "networks": bundle.meta.get("networks", {"name": networks.name, "hash": bundle.hash}),
+        "networks": _source(bundle, networks),
     }
     folder = job.place.out_dir / "models" / fit.name
     return save_bundle(folder, method.at_theta(theta), meta=meta)
@@ -170,6 +174,11 @@ def _networks_of(folder: Path) -> tuple[LoadedBundle, NeuralMethod]:
             "example; give --model or --reference"
         )
     return bundle, method
+
+
+def _source(bundle: LoadedBundle, folder: Path) -> dict[str, str]:
+    """Name and hash of the bundle that a bundle's networks were trained for."""
+    return dict(bundle.meta.get("networks", {"name": folder.name, "hash": bundle.hash}))
 
 
 def bundle_fine_tuned(
