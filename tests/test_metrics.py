@@ -8,7 +8,6 @@ from skimage.metrics import structural_similarity
 from bids_harmony.errors import ScanError
 from bids_harmony.metrics.similarity import (
     edge_correlation,
-    even_quantiles,
     jsd,
     ncc,
     psnr,
@@ -115,14 +114,6 @@ def test_wasserstein(pair):
     assert wasserstein(a, b, mask, quantiles=None) == pytest.approx(expected, rel=1e-9)
     assert wasserstein(a, b, mask) == pytest.approx(expected, rel=0.02)
     assert wasserstein(a, a + 0.25, mask) == pytest.approx(0.25, rel=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 2, 500, 1000])
-def test_even_quantiles(pair, count):
-    values = pair[0][pair[2]]
-    expected = np.quantile(values.astype(float), (np.arange(count) + 0.5) / count)
-    np.testing.assert_allclose(even_quantiles(values, count), expected, rtol=1e-12)
-    assert even_quantiles(values[:1], count) == pytest.approx(float(values[0]))
 
 
 def test_two_people(pair):

@@ -8,14 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.metrics.lesions import lesion_contrast_and_volume
-from bids_harmony.metrics.similarity import (
-    edge_correlation,
-    even_quantiles,
-    jsd,
-    rank_agreement,
-    wasserstein,
-)
+from bids_harmony.metrics.similarity import edge_correlation, jsd, rank_agreement, wasserstein
 from bids_harmony.reports.inputs import Metric
 
 _SAMPLES = 50_000
@@ -123,7 +118,8 @@ def _distances(
 ) -> list[Metric]:
     probability = (np.arange(_SAMPLES) + 0.5) / _SAMPLES
     known = (np.arange(reference.size) + 0.5) / reference.size
-    brains = [even_quantiles(image[mask], _SAMPLES) for image in (before, after)]
+    # not np.quantile, which takes seconds for a third as many quantiles as values
+    brains = [mid_quantiles(image[mask], probability) for image in (before, after)]
     samples = [
         values.reshape(-1, 1, 1) for values in (*brains, np.interp(probability, known, reference))
     ]
