@@ -188,3 +188,15 @@ def test_no_brain_is_an_error():
     speck[10, 10, 10] = True
     with pytest.raises(ScanError, match="no brain is left at 2 mm"):
         to_model_grid(image, speck, (0.5,) * 3, ("R", "A", "S"), 2.0)
+
+
+@pytest.mark.parametrize("codes", [("R", "A", "S"), ("P", "S", "L")], ids="".join)
+def test_a_constant_change_is_constant_up_to_the_brains_edge(codes, phantom):
+    image, mask = (turned(v, codes) for v in phantom)
+    grid = to_model_grid(image, mask, (1.0,) * 3, codes, 2.0)
+    raised = grid.add_change(image, mask, np.where(grid.mask, 0.25, 0).astype(np.float32))
+    np.testing.assert_allclose(raised[mask], image[mask] + 0.25, atol=1e-6)
+    lowered = grid.add_change(image, mask, np.where(grid.mask, -9, 0).astype(np.float32))
+    assert not raised[~mask].any() and not lowered.any()
+    same = grid.add_change(image, mask, np.zeros_like(grid.data))
+    assert np.array_equal(same, image)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.change import extend_change
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -26,6 +27,8 @@ _TOLERANCE = 1.33
 #: Standard deviation of the blur before voxels are made larger, in new voxels.
 _BLUR = 0.4
 _MARGIN = 2
+#: How far a change is continued outside the mask before it is interpolated, in model voxels.
+_REACH = 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,25 @@ class ModelGrid:
             if flip:
                 full = np.flip(full, axis)
         return np.ascontiguousarray(np.transpose(full, np.argsort(self.order)))
+
+    def add_change(
+        self, scan: NDArray[Any], inside: NDArray[np.bool_], change: NDArray[Any]
+    ) -> FloatArray:
+        """A scan with a change of the model's grid; >= 0, and 0 outside the brain mask.
+
+        The change is continued outside the model's mask, else interpolation would halve it at
+        the brain's edge.
+
+        Parameters
+        ----------
+        scan, inside
+            Image on the scan's grid, and its brain mask.
+        change
+            Shape of `data`.
+        """
+        if change.any():
+            scan = scan + self.to_scan(extend_change(change, self.mask, _REACH))
+        return np.where(inside, np.maximum(scan, 0), 0).astype(np.float32)
 
 
 def to_model_grid(

@@ -1,4 +1,4 @@
-"""CALAMITI (Zuo et al., IPMI 2021), and Dewey et al. (MICCAI 2020), from which it grew.
+"""CALAMITI (Zuo et al., IPMI 2021).
 
 A slice is taken apart into anatomy (beta) and contrast (theta), and drawn anew with the wanted
 contrast. What the decoder cannot draw (noise, fine detail, lesions) would be lost, so not the
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
-from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
@@ -319,7 +318,7 @@ class Calamiti(NeuralMethod):
             "mean_absolute_change": round(float(np.abs(change[inside]).mean()), 4),
             "share_at_bound": round(bounded, 4),
         }
-        data = _to_scan(volume, case.grid, change)
+        data = case.grid.add_change(volume.data, np.asarray(volume.mask, dtype=bool), change)
         return Harmonized(data, details, tuple(warnings))
 
     @property
@@ -429,24 +428,3 @@ class Calamiti(NeuralMethod):
         site = params["site"]
         learned = Learned.from_state(arrays, params)
         return cls(learned, str(params["preset"]), wanted, None if site is None else str(site))
-
-
-class Dewey2020(Calamiti):
-    """Dewey et al. 2020: without discriminator, theta from the slice that is drawn."""
-
-    name: ClassVar[str] = "dewey2020"
-    discriminator: ClassVar[bool] = False
-    same_slice: ClassVar[bool] = True
-    presets_by_name: ClassVar[Mapping[str, Preset]] = {
-        # no step goes to a discriminator
-        "cpu": replace(_CPU, plan=replace(_CPU.plan, steps=3000)),
-        "paper": replace(_PAPER, plan=replace(_PAPER.plan, steps=30_000)),
-    }
-
-
-def _to_scan(volume: Volume, grid: ModelGrid, change: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The scan with the change interpolated to its own voxels; >= 0, 0 outside the mask."""
-    inside = np.asarray(volume.mask, dtype=bool)
-    scan = np.where(inside, volume.data, 0)
-    result = scan + grid.to_scan(extend_change(change, grid.mask, 3))
-    return np.where(inside, np.maximum(result, 0), 0).astype(np.float32)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.change import extend_change
 from bids_harmony.imaging.layout import Coarse, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.imaging.tone import ToneCurve, composed, to_zero
@@ -279,12 +278,8 @@ class FlowMethod(ByModality[Part]):
     @staticmethod
     def _to_scan(volume: Volume, case: Case, rest: NDArray[np.float32]) -> NDArray[np.float32]:
         """The curve on the scan's own voxels, and the rest of the change interpolated to them."""
-        result = case.curve(volume.data)
-        if rest.any():
-            reach = extend_change(rest, case.grid.mask, 3)
-            result = result + case.grid.to_scan(reach)
         inside = np.asarray(volume.mask, dtype=bool)
-        return np.where(inside, np.maximum(result, 0), 0).astype(np.float32)
+        return case.grid.add_change(case.curve(volume.data), inside, rest)
 
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
