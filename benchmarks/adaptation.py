@@ -34,7 +34,7 @@ from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.flow_training import Part
 from bids_harmony.methods.guided_adaptation import AdaptationPlan, adapt_harmonizer
 from bids_harmony.methods.harmonizing_flows import HarmonizingFlows, apply_harmonizer
-from bids_harmony.methods.reference_brains import on_model_grid
+from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.metrics.similarity import psnr
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 

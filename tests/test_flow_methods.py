@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
+from bids_harmony.imaging.tone import ToneCurve, composed  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.base import Adaptation, Chosen, NeuralMethod, Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
@@ -271,6 +272,7 @@ def test_networks_that_make_it_worse_are_left_out(model, scan, monkeypatch):
         expected = np.maximum(curve(scan.data), 0) + (0.1 if kept else 0)
         assert result.data[scan.mask] == pytest.approx(expected[scan.mask], abs=1e-5)
         assert result.details["bits_per_dimension"]["output"] == (2.5 if kept else 2.0)
+        assert result.details["networks_applied"] is kept
 
 
 def test_a_spoiled_harmonizer_leaves_the_first_curve(model, scan, monkeypatch):
@@ -298,13 +300,24 @@ def test_a_spoiled_harmonizer_leaves_the_first_curve(model, scan, monkeypatch):
     assert any("Still unlike" in text for text in result.warnings)
 
 
-def test_what_the_networks_change_is_bounded(model, scan, monkeypatch):
-    monkeypatch.setattr(model, "_refine", lambda part, case, seed: case.start + 5 * case.mask)
+@pytest.mark.parametrize("second", [0.0, 0.1])
+def test_what_the_networks_change_is_bounded(second, model, scan, monkeypatch):
+    """Apart from the curve, also from a second one that was found on the way."""
+
+    def refine(part, case, seed):
+        raised = ToneCurve((0.0, 1.0), (second, 1 + second), 1.0, 1.0)
+        case.curve = composed(case.curve, raised)
+        case.start = (case.start + second) * case.mask
+        return case.start - sign * 5 * case.mask
+
+    monkeypatch.setattr(model, "_refine", refine)
     monkeypatch.setattr(model, "_bits", lambda part, image, case: 1.0)
     part = model._parts["T1w"]
     curve = part.tone.curve(torch.from_numpy(scan.data), torch.from_numpy(scan.mask), scan.spacing)
-    moved = model.harmonize(scan, seed=0).data - np.maximum(curve(scan.data), 0)
-    assert moved[scan.mask].max() == pytest.approx(0.3, abs=1e-4)
+    for sign in (-1, 1):
+        moved = model.harmonize(scan, seed=0).data - np.maximum(curve(scan.data), 0) - second
+        bright = scan.mask & (scan.data > 0.6)
+        assert -sign * moved[bright] == pytest.approx(0.3, abs=1e-3)
 
 
 # --- fit

@@ -11,8 +11,11 @@ torch = pytest.importorskip("torch")
 from bids_harmony.errors import ScanError  # noqa: E402
 from bids_harmony.imaging.quantiles import mid_quantiles  # noqa: E402
 from bids_harmony.imaging.tone import ToneCurve, composed  # noqa: E402
-from bids_harmony.methods import tone as tone_module  # noqa: E402
-from bids_harmony.methods.tone import Tone, core, fit_tone_model, load_arrays, mapped  # noqa: E402
+from bids_harmony.methods import tone_fitting  # noqa: E402
+from bids_harmony.methods.reference_brains import ReferenceBrains  # noqa: E402
+from bids_harmony.methods.scan_tone import toned_scan  # noqa: E402
+from bids_harmony.methods.tone import Tone, core, load_arrays, mapped  # noqa: E402
+from bids_harmony.methods.tone_fitting import fit_tone_model  # noqa: E402
 from bids_harmony.networks.tone import (  # noqa: E402
     FEATURES,
     KNOTS,
@@ -42,9 +45,20 @@ def tensors(volume):
     return torch.from_numpy(volume.data), torch.from_numpy(volume.mask)
 
 
-def placed(brains):
-    """Brains with their voxel size."""
-    return [(each, MM) for each in brains]
+def reference(volumes, subjects=None):
+    """Reference brains of these subjects, each of its own unless told."""
+    labels = subjects or [f"{k}" for k in range(len(volumes))]
+    named = [replace(v, subject=s) for v, s in zip(volumes, labels, strict=True)]
+    return ReferenceBrains.of(named, 2.0)
+
+
+def fine_brain(seed):
+    """A brain of 1 mm, with noise of its own in every voxel."""
+    coarse = brain(seed, noise=0.0)
+    data, mask = (np.kron(v, np.ones((2, 2, 2), v.dtype)) for v in (coarse.data, coarse.mask))
+    noise = np.random.default_rng(seed).normal(0, 0.06, data.shape)
+    noisy = np.where(mask, np.maximum(data + noise, 0), 0).astype(np.float32)
+    return replace(coarse, data=noisy, mask=mask.astype(bool), spacing=(1.0, 1.0, 1.0))
 
 
 def identity_tone(volume):
@@ -246,9 +260,8 @@ def test_the_curve_goes_as_far_as_it_can_be_trusted():
 def test_doubt_is_what_happens_to_held_out_reference_brains():
     brains, held_out = [tensors(brain(s)) for s in (1, 2)], tensors(brain(3, gamma=1.2))
     tone, scores = fit_tone_model(
-        placed(brains),
-        placed([held_out]),
-        subjects="11",
+        reference([brain(1), brain(2)], "11"),
+        reference([brain(3, gamma=1.2)]),
         samples=8,
         epochs=1,
         seed=0,
@@ -263,24 +276,46 @@ def test_doubt_is_what_happens_to_held_out_reference_brains():
 
 def test_doubt_is_cross_validated_over_subjects(monkeypatch):
     """Each brain is judged by a network that has seen no scan of its subject."""
-    brains = [tensors(brain(s)) for s in (1, 2, 3, 4, 5)]
+    brains = [brain(s) for s in (1, 2, 3, 4, 5)]
     seen = []
-    real = tone_module.train_tone
+    real = tone_fitting.train_tone
 
     def train(samples, **more):
         seen.append(sorted(set(samples.brains.tolist())))
         return real(samples, **more)
 
-    monkeypatch.setattr(tone_module, "train_tone", train)
+    monkeypatch.setattr(tone_fitting, "train_tone", train)
     changes = iter([0.5, 0.1, 0.1, 0.2, 0.1, 0.3])
-    monkeypatch.setattr(tone_module, "_change", lambda tone, which: next(changes))
+    monkeypatch.setattr(tone_fitting, "_change", lambda tone, scan, resolution: next(changes))
     tone, _ = fit_tone_model(
-        placed(brains), placed(brains[:1]), subjects=("a", "b", "a", "c", "d"), samples=10,
-        epochs=1, seed=0, minutes=None,
+        reference(brains, "abacd"), reference(brains[:1]), samples=10, epochs=1, seed=0,
+        minutes=None,
     )  # fmt: skip
     assert seen == [[0, 1, 2, 3, 4], [1, 3, 4], [0, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
     wanted = np.sqrt(np.mean(np.square([0.5, 0.1, 0.1, 0.2, 0.1, 0.3])))
     assert tone.doubt == pytest.approx(wanted)
+
+
+def test_doubt_of_smaller_voxels_is_of_the_scan_itself():
+    """At 1 mm quantiles are matched twice; a brain of the reference must stay as it is there too.
+
+    Noise that averaging takes away makes both ways of finding the curve differ.
+    """
+    fine = [fine_brain(s) for s in (1, 2, 3, 4)]
+    tone, _ = fit_tone_model(
+        reference(fine[:3]), reference(fine[3:]), samples=8, epochs=1, seed=0, minutes=None
+    )
+    whole = replace(tone, doubt=0.0)
+    changes = []
+    for scan in fine:
+        own = scan.data[scan.mask]
+        asked = toned_scan(whole, scan, 2.0).curve(own) - own
+        left = toned_scan(tone, scan, 2.0).curve(own) - own
+        changes.append([np.sqrt(np.mean(v**2)) for v in (asked, left)])
+    asked, left = np.mean(changes, axis=0)
+    assert asked > 0.005
+    assert left < 0.5 * asked
+    assert tone.doubt > 0.8 * asked
 
 
 def test_a_constant_brain_is_refused():
@@ -334,11 +369,9 @@ def test_samples_of_one_mapping_serve_for_another_near_it():
 @pytest.fixture(scope="module")
 def trained():
     torch.set_num_threads(1)
-    brains = [tensors(brain(s)) for s in (1, 2, 3)]
     return fit_tone_model(
-        placed(brains),
-        placed([tensors(brain(4))]),
-        subjects="123",
+        reference([brain(s) for s in (1, 2, 3)]),
+        reference([brain(4)]),
         samples=360,
         epochs=200,
         seed=0,
@@ -364,12 +397,11 @@ def test_more_fluid_than_the_reference_is_corrected(trained):
 
 
 def test_time_limit_leaves_one_sample_of_each_brain():
-    brains = [tensors(brain(s)) for s in (1, 2, 3)]
+    brains, held_out = reference([brain(s) for s in (1, 2, 3)]), reference([brain(4)])
     begin = time.monotonic()
     tone, scores = fit_tone_model(
-        placed(brains),
-        placed([tensors(brain(4))]),
-        subjects="123",
+        brains,
+        held_out,
         samples=10_000,
         epochs=1,
         seed=0,
@@ -381,14 +413,13 @@ def test_time_limit_leaves_one_sample_of_each_brain():
 
 
 def test_the_seed_alone_decides():
-    brains = [tensors(brain(s)) for s in (1, 2)]
+    brains = reference([brain(1), brain(2)])
     found = []
     for before, seed in ((1, 0), (2, 0), (2, 5)):
         torch.manual_seed(before)
         tone, _ = fit_tone_model(
-            placed(brains),
-            placed(brains),
-            subjects="12",
+            brains,
+            brains,
             samples=8,
             epochs=2,
             seed=seed,

@@ -44,8 +44,8 @@ from bids_harmony.methods.calamiti_drawing import (
 from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
 from bids_harmony.methods.calamiti_learned import Learned, Preset
 from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
-from bids_harmony.methods.reference_brains import on_model_grid
 from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.training.fit import Plan
 
 LOG = logging.getLogger("bids_harmony")

@@ -13,7 +13,7 @@ from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.held_out import held_out
 from bids_harmony.methods.likelihood import usable_slices
-from bids_harmony.methods.reference_brains import on_model_grid
+from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.training.contrasts import Session
 
 _LEAST_OVERLAP = 0.5  # of a session's brain masks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import Coarse, side_words
 from bids_harmony.imaging.model_grid import ModelGrid
-from bids_harmony.imaging.tone import ToneCurve, composed, to_zero
+from bids_harmony.imaging.tone import ToneCurve
 from bids_harmony.methods.base import (
     Adaptation,
     Contract,
@@ -28,8 +28,7 @@ from bids_harmony.methods.base import (
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.flow_training import Part, Preset, fit_part
 from bids_harmony.methods.likelihood import bits_of_brain, smoothed
-from bids_harmony.methods.reference_brains import on_model_grid
-from bids_harmony.methods.tone import mapped
+from bids_harmony.methods.scan_tone import toned_scan
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 
@@ -140,10 +139,11 @@ class FlowMethod(ByModality[Part]):
         bits["smoothed"] = self._admitted(part, case, volume)
         toned, curve = case.start, case.curve
         result = self._refine(part, case, seed)
-        change = (result - toned).clamp(-_MOST_CHANGE, _MOST_CHANGE)
-        result = (toned + change).clamp(min=0) * case.mask
+        change = (result - case.start).clamp(-_MOST_CHANGE, _MOST_CHANGE)
+        result = (case.start + change).clamp(min=0) * case.mask
         bits["output"] = self._bits(part, result, case)
-        if not bits["output"] <= max(bits["tone"], part.normal.flag):
+        applied = bits["output"] <= max(bits["tone"], part.normal.flag)
+        if not applied:
             case.warnings.append(
                 "The networks made the scan less likely than its tone curve alone did; only the "
                 "curve was applied."
@@ -155,6 +155,7 @@ class FlowMethod(ByModality[Part]):
                 f"Still unlike the reference domain: {bits['output']:.2f} bits per dimension, its "
                 f"own brains have {part.normal.mean:.2f}. Look at the result before you use it."
             )
+        case.details["networks_applied"] = bool(applied)
         case.details["bits_per_dimension"] = {
             **{k: round(v, 4) for k, v in bits.items() if np.isfinite(v)},
             "held_out_reference": round(part.normal.mean, 4),
@@ -162,50 +163,16 @@ class FlowMethod(ByModality[Part]):
         data = self._to_scan(volume, case, (result - case.start).numpy())
         return Harmonized(data, case.details, tuple(case.warnings))
 
-    def tone_only(self, volume: Volume) -> Harmonized:
-        """`volume` after its tone curve, without the networks that follow; for comparison."""
-        case = self._case(self._part(volume), volume)
-        rest = np.zeros(case.grid.data.shape, dtype=np.float32)
-        return Harmonized(self._to_scan(volume, case, rest))
-
     def bits_of(self, volume: Volume) -> tuple[float, float]:
         """Bits per dimension of a scan as it is, and as it is judged: toned and smoothed."""
         part = self._part(volume)
         case = self._case(part, volume)
         return self._bits(part, case.image, case), self._judged(part, case)
 
-    def _case(self, part: Part, volume: Volume) -> Case:
-        grid = on_model_grid(volume, part.resolution)
-        image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
-        try:
-            if not grid.averaged:
-                curve = part.tone.curve(image, mask, grid.spacing)
-                start = mapped(curve, image, mask)
-            else:
-                curve = self._fine_curve(part, volume)
-                start = torch.from_numpy(
-                    on_model_grid(_toned(volume, curve), part.resolution).data
-                )
-        except ScanError as error:
-            raise ScanError(f"{volume.name or 'scan'}: {error}") from error
-        return Case(volume.modality, grid, image, mask, curve, start)
-
     @staticmethod
-    def _fine_curve(part: Part, volume: Volume) -> ToneCurve:
-        """The tone curve of a scan with smaller voxels than the model's.
-
-        Voxels are averaged in the reference domain's tone: the mean of a foreign contrast is not
-        the foreign contrast of the mean, and the curve would depend on the contrast it undoes.
-        """
-        values = torch.from_numpy(volume.data[np.asarray(volume.mask, dtype=bool)]).float()
-        first = part.tone.matching(values)
-        grid = on_model_grid(_toned(volume, first), part.resolution)
-        second = part.tone.curve(
-            torch.from_numpy(grid.data), torch.from_numpy(grid.mask), grid.spacing, whole=True
-        )
-        darkest = float(np.interp(second.x[0], first.y, first.x))
-        whole = to_zero(composed(first, second), darkest)
-        return part.tone.trusted(whole, values)
+    def _case(part: Part, volume: Volume) -> Case:
+        scan = toned_scan(part.tone, volume, part.resolution)
+        return Case(volume.modality, scan.grid, scan.image, scan.mask, scan.curve, scan.start)
 
     def _usable(self, volumes: Sequence[Volume]) -> tuple[Part, list[Case], list[str]]:
         """The part for these volumes' modality, those to adapt to, and why others are left out.
@@ -305,7 +272,3 @@ def _learnable(method: str, volumes: Sequence[Volume]) -> dict[str, list[int]]:
             raise ScanError(f"{words}: give more scans or use a statistical method")
         LOG.warning("left out of the training: %s", words)
     return found
-
-
-def _toned(volume: Volume, curve: ToneCurve) -> Volume:
-    return replace(volume, data=np.maximum(curve(volume.data), 0))

@@ -18,7 +18,8 @@ from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.guided_adaptation import goal_of
 from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, smoothed
 from bids_harmony.methods.reference_brains import layout_of, split_by_subject
-from bids_harmony.methods.tone import Brain, Tone, fit_tone_model, load_arrays, state_arrays
+from bids_harmony.methods.tone import Brain, Tone, load_arrays, state_arrays
+from bids_harmony.methods.tone_fitting import fit_tone_model
 from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
@@ -167,9 +168,8 @@ def fit_part(
     learn, apart = split_by_subject(volumes, preset.resolution)
     brains, held_out = learn.brains, apart.brains
     tone, tone_scores = fit_tone_model(
-        learn.placed,
-        apart.placed,
-        subjects=learn.subjects,
+        learn,
+        apart,
         samples=preset.tone_samples,
         epochs=preset.tone_epochs,
         seed=seed,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
-import numpy as np
 import torch
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import Coarse, Layout
-from bids_harmony.imaging.model_grid import ModelGrid, to_model_grid
-from bids_harmony.imaging.quantiles import brain_values
-from bids_harmony.methods.base import Volume
+from bids_harmony.methods.base import Chosen, Volume
 from bids_harmony.methods.likelihood import usable_slices
-from bids_harmony.methods.tone import Brain, Placed, Tone, mapped
+from bids_harmony.methods.scan_tone import toned_scan
+from bids_harmony.methods.tone import Brain, Placed, Tone
+from bids_harmony.methods.volume_grid import on_model_grid
 
 _HELD_OUT = 0.2
 
@@ -25,24 +25,49 @@ class ReferenceBrains:
 
     Attributes
     ----------
+    volumes
+        The scans; each is read when it is asked for.
+    resolution
+        Voxel size of the model's grid in mm.
     brains
-        Image and brain mask of each, (X, Y, Z).
+        Image and brain mask of each on the model's grid, (X, Y, Z).
     subjects
         Label of each brain's subject.
     spacings
-        Voxel sizes of each in mm.
+        Voxel sizes of each on the model's grid in mm.
     """
 
+    volumes: Sequence[Volume]
+    resolution: float
     brains: tuple[Brain, ...]
     subjects: tuple[str, ...]
     spacings: tuple[tuple[float, ...], ...]
 
+    @classmethod
+    def of(cls, volumes: Sequence[Volume], resolution: float) -> Self:
+        """These scans; ScanError if a brain is too small."""
+        brains, subjects, spacings = [], [], []
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            grid = on_model_grid(volume, resolution)
+            brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
+            if not all(usable_slices(brain[1], axis) for axis in range(3)):
+                raise ScanError(
+                    f"{volume.name or 'scan'}: too little brain to learn from; check the brain "
+                    "mask"
+                )
+            brains.append(brain)
+            subjects.append(_subject(volume))
+            spacings.append(grid.spacing)
+        return cls(volumes, resolution, tuple(brains), tuple(subjects), tuple(spacings))
+
     def toned(self, tone: Tone) -> list[Brain]:
         """The brains after their tone was mapped, as any scan's is."""
-        return [
-            (mapped(tone.curve(image, mask, spacing), image, mask), mask)
-            for (image, mask), spacing in self.placed
-        ]
+        scans = (
+            toned_scan(tone, self.volumes[index], self.resolution)
+            for index in range(len(self.volumes))
+        )
+        return [(scan.start, scan.mask) for scan in scans]
 
     @property
     def placed(self) -> list[Placed]:
@@ -62,41 +87,26 @@ def split_by_subject(
     ScanError
         If there are fewer than two subjects, or a brain is too small.
     """
-    subjects = sorted({v.subject or v.name for v in volumes})
+    labels = [_subject(v) for v in volumes]
+    subjects = sorted(set(labels))
     if len(subjects) < 2:
         raise ScanError(
             "a neural method needs two subjects of the reference domain or more, one of which is "
             "held out; give more scans or use a statistical method"
         )
     apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
-    found: tuple[list[tuple[Brain, str, tuple[float, ...]]], ...] = ([], [])
-    for volume in volumes:
-        grid = on_model_grid(volume, resolution)
-        brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
-        if not all(usable_slices(brain[1], axis) for axis in range(3)):
-            raise ScanError(
-                f"{volume.name or 'scan'}: too little brain to learn from; check the brain mask"
-            )
-        label = volume.subject or volume.name
-        found[label in apart].append((brain, label, grid.spacing))
-    learn, held_out = (ReferenceBrains(*zip(*part, strict=True)) for part in found)
-    return learn, held_out
+    learn, held_out = (
+        [k for k, label in enumerate(labels) if (label in apart) is wanted]
+        for wanted in (False, True)
+    )
+    return (
+        ReferenceBrains.of(Chosen(volumes, learn), resolution),
+        ReferenceBrains.of(Chosen(volumes, held_out), resolution),
+    )
 
 
-def on_model_grid(volume: Volume, resolution: float) -> ModelGrid:
-    """A volume on the model's grid.
-
-    Raises
-    ------
-    ScanError
-        If the mask is empty, or the brain constant or not finite; it names the scan.
-    """
-    name, mask = volume.name or "scan", np.asarray(volume.mask, dtype=bool)
-    brain_values(volume.data, mask, name)
-    try:
-        return to_model_grid(volume.data, mask, volume.spacing, volume.axes, resolution)
-    except ScanError as error:
-        raise ScanError(f"{name}: {error}") from error
+def _subject(volume: Volume) -> str:
+    return volume.subject or volume.name
 
 
 def layout_of(toned: Sequence[Brain], spacings: Sequence[Sequence[float]]) -> Layout:

@@ -8,7 +8,7 @@ fractions did to that mapping. Neither can change the order of intensities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,6 @@ from bids_harmony.imaging.tone import ToneCurve, to_zero
 from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram
 from bids_harmony.training.tone import (
     Quantiles,
-    mean_quantiles,
-    tone_errors,
-    tone_samples,
-    train_tone,
 )
 
 _RIM = 4.0  # mm
@@ -164,84 +160,6 @@ def core(mask: Tensor, spacing: Sequence[float]) -> Tensor:
 def mapped(curve: ToneCurve, image: Tensor, mask: Tensor) -> Tensor:
     """A brain after a curve: >= 0, 0 outside the mask, float32."""
     return torch.from_numpy(np.maximum(curve(image.numpy()), 0)).float() * mask
-
-
-def fit_tone_model(
-    brains: Sequence[Placed],
-    held_out: Sequence[Placed],
-    *,
-    subjects: Sequence[str],
-    samples: int,
-    epochs: int,
-    seed: int,
-    minutes: float | None,
-) -> tuple[Tone, dict[str, float]]:
-    """Learn the tone of the reference domain.
-
-    Share and doubt are cross-validated over the subjects of `brains`, whose labels are
-    `subjects`, and over `held_out`: one brain of unusual tissue fractions must not decide them
-    alone. Neither the network nor the mean quantiles by which a brain is judged have seen it.
-
-    A network learns on the mapping to the mean quantiles of its own brains. On a mapping to
-    other ones it would learn the difference too, and take away what those others add.
-
-    Returns
-    -------
-    tone, scores
-        Held-out error before and after the correction, share and doubt.
-    """
-    inner, inner_held_out = (
-        [(image, core(mask, spacing)) for (image, mask), spacing in part]
-        for part in (brains, held_out)
-    )
-    quantiles = mean_quantiles(inner)
-    learned = tone_samples(inner, quantiles, count=samples, seed=seed, minutes=minutes)
-    network = train_tone(learned, epochs=epochs, seed=seed)
-    rest = None if minutes is None else minutes / 8
-    scores = tone_errors(
-        network, inner_held_out, quantiles, count=samples // 8, seed=seed + 1, minutes=rest
-    )
-    pairs = [(Tone(quantiles, network), brain) for brain in held_out]
-    names = sorted(set(subjects))
-    folds = min(_FOLDS, len(names))
-    for fold in range(folds if folds > 1 else 0):
-        apart = [k for k, name in enumerate(subjects) if names.index(name) % folds == fold]
-        others = [brain for k, brain in enumerate(inner) if k not in apart]
-        theirs = learned.without(apart).towards(quantiles, mean_quantiles(others))
-        judge = Tone(
-            mean_quantiles([*others, *inner_held_out]),
-            train_tone(theirs, epochs=epochs, seed=seed),
-        )
-        pairs += [(judge, brains[k]) for k in apart]
-    tone = Tone(mean_quantiles([*inner, *inner_held_out]), network)
-    share = _share(pairs)
-    changes = [_change(replace(other, share=share), brain) for other, brain in pairs]
-    doubt = float(np.sqrt(np.mean(np.square(changes))))
-    return replace(tone, doubt=doubt, share=share), {**scores, "share": share, "doubt": doubt}
-
-
-def _share(pairs: Sequence[tuple[Tone, Placed]]) -> float:
-    """Share of the correction that brings brains nearest to themselves, by least squares.
-
-    Each brain goes with a tone that was not learned from it. All brain voxels count: the curve is
-    found in the brain's core, but applied to its cortex too.
-    """
-    asked = given = 0.0
-    for tone, ((image, mask), spacing) in pairs:
-        own = image[mask].numpy()
-        plain = tone.matching(image[core(mask, spacing)])(own)
-        moved = tone.curve(image, mask, spacing, whole=True)(own) - plain
-        asked += float(np.mean((own - plain) * moved))
-        given += float(np.mean(moved**2))
-    return float(np.clip(asked / max(given, 1e-12), 0, 1))
-
-
-def _change(tone: Tone, brain: Placed) -> float:
-    """Root mean square of what the curve changes in a brain."""
-    (image, mask), spacing = brain
-    values = image[mask].numpy()
-    curve = tone.curve(image, mask, spacing, whole=True)
-    return float(np.sqrt(np.mean((curve(values) - values) ** 2)))
 
 
 def _curve(x: Float64Array, y: Float64Array) -> ToneCurve:
