@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,8 @@ import tiny_neural
 from conftest import DataSet, Ran, call, give_transform, quick
 
 from bids_harmony.interfaces.files import load, sha256
+from bids_harmony.interfaces.harmonize import AdaptToSite
+from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.adaptation import load_adaptation
 from bids_harmony.methods.base import Contract
 from bids_harmony.workflows.adapt import Adapting
@@ -332,7 +335,7 @@ def test_a_site_without_a_usable_scan(cohort, brains, tmp_path):
     options = ["--model", cohort.model, *quick(tmp_path / "work", tmp_path / "theirs")]
     ran = call(made.root, tmp_path / "out", "participant", *options)
     assert ran.code == 65
-    assert "none of the scans of site C (T1w) that were tried can be used" in ran.err
+    assert "no adaptation to site C (T1w): none of the scans that were tried can be" in ran.err
     assert ": harmonized" in ran.line("sub-a1_T1w")
     assert "refused" in (tmp_path / "out" / "sub-c1.html").read_text()
 
@@ -381,6 +384,84 @@ def test_a_refused_site_is_tried_again_when_it_has_more_scans(cohort, brains, mo
         sites.write_text(before)
     assert cohort.log() == ["adapt " + " ".join(FIRST), "adapt sub-b4_T1w sub-b9_T1w"]
     assert cohort.record("more", "b4")["Adapt"].startswith("site ")
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Preprocessing of the named scan fails for no fault of the scan."""
+
+    def crashing(stem):
+        def run(node, cwd, plain=StoreVolume._run):
+            if Path(node.inputs.out_stem).name == stem:
+                raise RuntimeError("the worker is gone")
+            plain(node, cwd)
+
+        monkeypatch.setattr(StoreVolume, "_run", run)
+
+    return crashing
+
+
+def test_a_crash_does_not_decide_an_adaptation_for_good(cohort, tmp_path, crash, monkeypatch):
+    """The run that met it goes on without the scan and says so; the next one adapts again."""
+    options = ["--model", cohort.model, *quick(tmp_path / "work", cohort.folder / "theirs"), *TWO]
+
+    def participant(label):
+        return call(cohort.raw.root, tmp_path / "out", "participant", *options,
+                    "--participant-label", label)  # fmt: skip
+
+    crash("sub-b1_T1w")
+    first = participant("b4")
+    assert first.code == 1
+    assert "failed" in first.line("sub-b1_T1w")
+    assert "its site is adapted to without it: RuntimeError: the worker is gone" in first.line(
+        "sub-b1_T1w"
+    )
+    assert ": harmonized" in first.line("sub-b4_T1w")
+    assert cohort.log() == ["adapt sub-b3_T1w sub-b4_T1w"]
+    monkeypatch.undo()
+    second = participant("b4")
+    assert second.code == 0, second.out + second.err
+    assert cohort.log() == ["adapt " + " ".join(FIRST)]
+    assert ": harmonized" in second.line("sub-b4_T1w")
+    again = participant("b4")
+    assert cohort.log() == []
+    assert "skipped" in again.line("sub-b4_T1w")
+
+
+def test_stop_on_first_crash_ends_before_any_adaptation(cohort, tmp_path, crash):
+    """Sites that were not adapted to are told, not looked for."""
+    crash("sub-b1_T1w")
+    ran = call(
+        cohort.raw.root, tmp_path / "out", "participant", "--model", cohort.model, *TWO,
+        *quick(tmp_path / "work", cohort.folder / "theirs"), "--stop-on-first-crash",
+        "--participant-label", "b4",
+    )  # fmt: skip
+    assert ran.code == 1
+    assert "no adaptation to site B (T1w): not run" in ran.line("sub-b4_T1w")
+    assert cohort.log() == []
+    assert not list((tmp_path / "out").glob("models/adapted/*/*/adaptation.json"))
+
+
+def test_stop_on_first_crash_with_a_site_that_was_not_reached(
+    cohort, brains, tmp_path, monkeypatch
+):
+    """The adaptation to B crashes; that to C never runs."""
+    made = DataSet(tmp_path / "raw")
+    for number, sub in enumerate(("b1", "c1")):
+        path = made.scan(sub, *brains.brain("B", number))
+        made.site(sub, sub[0].upper())
+        give_transform(tmp_path / "theirs", path)
+
+    def spoiled(*_args, **_more):
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(AdaptToSite, "_run", spoiled)
+    options = [*quick(tmp_path / "work", tmp_path / "theirs"), "--stop-on-first-crash"]
+    ran = call(made.root, tmp_path / "out", "participant", "--model", cohort.model, *options)
+    assert ran.code == 1, ran.out + ran.err
+    lines = [ran.line(f"sub-{sub}_T1w") for sub in ("b1", "c1")]
+    assert sum("no more memory" in line for line in lines) == 1
+    assert sum("not run" in line for line in lines) == 1
 
 
 def test_one_adaptation_for_all_gpus_and_another_for_the_cpu(tmp_path):

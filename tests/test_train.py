@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DataSet, call, give_transform, quick, snapshot
 
 from bids_harmony.interfaces.files import load
+from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.workflows.models import bundle_name
 
@@ -126,6 +128,29 @@ def test_site_without_a_usable_scan(site, tmp_path):
     assert ran.code == 64
     assert "none of its 2 scans can be used" in ran.err
     assert not list((tmp_path / "out").rglob("model.json"))
+
+
+def test_no_model_is_made_of_what_a_crash_left(site, tmp_path, monkeypatch):
+    """It would be used from then on; refused scans are another matter."""
+    made, folder = site
+
+    def run(node, cwd, plain=StoreVolume._run):
+        if Path(node.inputs.out_stem).name == "sub-02_T1w":
+            raise RuntimeError("the worker is gone")
+        plain(node, cwd)
+
+    options = quick(tmp_path / "work", folder / "theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreVolume, "_run", run)
+        for level in ("train", "participant"):
+            ran = call(made.root, tmp_path / "out", level, "--reference", "A", *options)
+            assert ran.code == 1
+            assert "1 of 4 scans to learn from could not be preprocessed, such as" in ran.err
+            assert "sub-02_T1w: RuntimeError: the worker is gone" in ran.err
+            assert not list((tmp_path / "out").glob("models/*/model.json"))
+    again = call(made.root, tmp_path / "out", "train", "--reference", "A", *options)
+    assert again.code == 65
+    assert list((tmp_path / "out").glob("models/*/model.json"))
 
 
 def test_several_bundles_need_a_choice(trained, site, tmp_path):

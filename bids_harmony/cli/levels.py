@@ -155,7 +155,7 @@ def _harmonize(
         outcomes += lost
         stems = {outcome.stem for outcome in lost}
         todo = [scan for scan in scans if scan.stem not in stems]
-    progress = Progress(len(scans) + len(problems))
+    progress = Progress(len(outcomes) + len(todo))
     try:
         for outcome in outcomes:
             progress(outcome)
@@ -169,7 +169,7 @@ def _harmonize(
 def _adapt(
     context: Context, scans: Sequence[Scan], target: Target, job: Job
 ) -> tuple[Target, list[Outcome]]:
-    """The target with an adaptation per site that needs one; scans that lack theirs."""
+    """The target with an adaptation per site that needs one; scans that were lost on the way."""
     keys = sites_to_adapt_to(scans, target)
     if not keys:
         return target, []
@@ -177,13 +177,19 @@ def _adapt(
     def say(key: tuple[str, str]) -> None:
         print(f"adapting {target.name} to site {key[0]} ({key[1]}) first", flush=True)
 
-    made, failed = adapt_to_sites(keys, _adapting(context, target, job), say)
+    made, failed, crashed = adapt_to_sites(keys, _adapting(context, target, job), say)
     lost = [
         replace(failed[(s.site, s.suffix)], stem=s.stem, subject=s.subject)
         for s in scans
         if (s.site, s.suffix) in failed
     ]
-    return replace(target, adaptations=made), lost
+    wanted = {scan.stem for scan in scans}  # they will tell for themselves
+    others = [
+        replace(outcome, message=f"its site is adapted to without it: {outcome.message}")
+        for outcome in crashed
+        if outcome.stem not in wanted
+    ]
+    return replace(target, adaptations=made), [*lost, *others]
 
 
 def _adapting(context: Context, target: Target, job: Job) -> Adapting:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bids_harmony.methods.adaptation import (
     save_adaptation,
 )
 from bids_harmony.methods.base import Adaptation
-from bids_harmony.workflows.cohort import Outcome, gigabytes
+from bids_harmony.workflows.cohort import NOT_RUN, Outcome, gigabytes
 from bids_harmony.workflows.engine import run_graph
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.reuse import find_given
@@ -37,6 +37,7 @@ from bids_harmony.workflows.volumes import store_volumes, volume_key
 LOG = logging.getLogger("bids_harmony")
 #: Unusable scans are passed over until this many times as many were tried.
 _TRIES = 3
+_FINE = Outcome("", "", "preprocessed")
 _REFUSED = "none of the scans of the site that were tried can be used"
 
 Key = tuple[str, str]  # site, modality
@@ -82,6 +83,34 @@ class Adapting:
         return self.job.place.out_dir / "models" / ADAPTED / model / name
 
 
+@dataclass
+class _Site:
+    """A site that is being adapted to.
+
+    Attributes
+    ----------
+    key
+        Site and modality.
+    pool
+        Scans that were not tried yet.
+    candidates
+        How many there were at first.
+    volumes
+        Scans of this round, and where their volumes are stored.
+    tried
+        Those of all rounds.
+    crashed
+        Scans whose preprocessing neither succeeded nor refused them.
+    """
+
+    key: Key
+    pool: list[Scan]
+    candidates: int
+    volumes: list[tuple[Scan, Path]] = field(default_factory=list)
+    tried: list[tuple[Scan, Path]] = field(default_factory=list)
+    crashed: list[Outcome] = field(default_factory=list)
+
+
 def sites_to_adapt_to(scans: Sequence[Scan], target: Target) -> list[Key]:
     """Site and modality of the scans that need the adaptation to their site, sorted."""
     needed = {(s.site, s.suffix) for s in scans}
@@ -103,7 +132,7 @@ def stored_for(key: Key, adapting: Adapting) -> AdaptTo | None:
 
 def adapt_to_sites(
     keys: Sequence[Key], adapting: Adapting, on_site: Callable[[Key], None]
-) -> tuple[dict[Key, AdaptTo], dict[Key, Outcome]]:
+) -> tuple[dict[Key, AdaptTo], dict[Key, Outcome], list[Outcome]]:
     """Adapt to each site that was not adapted to before; concurrent jobs wait for one another.
 
     Parameters
@@ -115,60 +144,64 @@ def adapt_to_sites(
 
     Returns
     -------
-    made, failed
-        Adaptations, and for the other sites an outcome with the reason, whose stem is the site.
+    made, failed, crashed
+        Adaptations; for the other sites an outcome with the reason, whose stem is the site; and
+        scans whose preprocessing crashed. Their site was adapted to without them, which holds
+        for this run only.
     """
     made = {key: found for key in keys if (found := stored_for(key, adapting))}
     lacking = [key for key in keys if key not in made]
     failed: dict[Key, Outcome] = {}
+    sites: list[_Site] = []
     with ExitStack() as locks:
         for key in lacking:  # sorted, so that no two jobs wait for each other
             folder = adapting.folder(key)
             locks.enter_context(one_at_a_time(folder.parent, folder.name))
         made |= {key: found for key in lacking if (found := stored_for(key, adapting))}
-        todo = [key for key in lacking if key not in made]
-        for key in todo:
-            on_site(key)
-        tried = _adapted(todo, adapting, failed) if todo else {}
-        for key in (key for key in todo if key not in failed):
-            if tried[key]:
-                folder = adapting.folder(key)
-                made[key] = _adapt_to(folder, load_adaptation(folder))
+        if todo := [key for key in lacking if key not in made]:
+            for key in todo:
+                on_site(key)
+            sites = _candidates(todo, adapting)
+            failed = _adapt(sites, adapting)
+        for site in (site for site in sites if site.key not in failed):
+            if site.tried:
+                folder = adapting.folder(site.key)
+                made[site.key] = _adapt_to(folder, load_adaptation(folder))
             else:
-                made[key] = AdaptTo("none", _REFUSED)
-    return made, failed
+                made[site.key] = AdaptTo("none", _REFUSED)
+    return made, failed, [outcome for site in sites for outcome in site.crashed]
 
 
-def _adapted(
-    todo: Sequence[Key], adapting: Adapting, failed: dict[Key, Outcome]
-) -> dict[Key, list[tuple[Scan, Path]]]:
+def _adapt(sites: Sequence[_Site], adapting: Adapting) -> dict[Key, Outcome]:
     """Adapt to sites; where the method refuses all scans that were tried, to the next ones.
+
+    Nothing is kept of a site of which no scan could be preprocessed: they may be mended.
 
     Returns
     -------
-    Scans of each site that were tried: none where none could be preprocessed, which is not
-    remembered because they may be mended. Other failures than refusals are added to `failed`.
+    Other failures than refusals.
     """
-    pools = _candidates(todo, adapting)
-    counts = {key: len(pool) for key, pool in pools.items()}
-    tried: dict[Key, list[tuple[Scan, Path]]] = {key: [] for key in todo}
-    left = list(todo)
+    failed: dict[Key, Outcome] = {}
+    left = list(sites)
     while left:
-        volumes = _volumes(left, pools, adapting)
-        failures = _run(volumes, adapting)
-        refused = [k for k, outcome in failures.items() if outcome.exit_code == ExitCode.DATA]
-        failed |= {key: found for key, found in failures.items() if key not in refused}
-        for key in left:
-            tried[key] += volumes[key]
-        left = [key for key in refused if pools[key]]
-        for key in (key for key in refused if key not in left):
-            text = failures[key].message
+        _preprocess(left, adapting)
+        if adapting.job.engine.stop_on_first_crash and any(site.crashed for site in left):
+            return failed | {site.key: _failed(site.key, NOT_RUN) for site in left}
+        failures = _run(left, adapting)
+        refused = [s for s in left if failures.get(s.key, _FINE).exit_code == ExitCode.DATA]
+        for site in left:
+            site.tried += site.volumes
+            if site.key in failures and site not in refused:
+                failed[site.key] = failures[site.key]
+        left = [site for site in refused if site.pool]
+        for site in (site for site in refused if not site.pool):
+            text = failures[site.key].message
             LOG.warning("%s; its scans are harmonized by the model as it is", text)
-            if tried[key]:
-                facts = {**_facts(key, tried[key], adapting), "candidates": counts[key]}
+            if site.tried:
+                facts = {**_facts(site, site.tried, adapting), "candidates": site.candidates}
                 refusal = Adaptation({}, {"refused": text})
-                save_adaptation(adapting.folder(key), refusal, facts=facts)
-    return tried
+                save_adaptation(adapting.folder(site.key), refusal, facts=facts)
+    return failed
 
 
 def _adapt_to(folder: Path, found: StoredAdaptation) -> AdaptTo:
@@ -184,9 +217,11 @@ def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
     if said != [adapting.target.hash, site, adapting.settings, adapting.target.device_kind]:
         return False
     subjects = sorted({scan["subject"] for scan in facts["scans"]})
+    if facts.get("crashed"):
+        return False
     try:
         tried = facts.get("candidates", _TRIES * adapting.count)
-        if tried < _TRIES * adapting.count and tried < len(_candidates([key], adapting)[key]):
+        if tried < _TRIES * adapting.count and tried < _candidates([key], adapting)[0].candidates:
             return False  # a refused site has more scans now, which may be better
         there = {s.stem: s for s in adapting.find(subjects, modality) if s.site == site}
         return all(
@@ -209,38 +244,42 @@ def _facts_of(scan: Scan, job: Job) -> dict[str, Any]:
     }
 
 
-def _volumes(
-    keys: Sequence[Key], pools: Mapping[Key, list[Scan]], adapting: Adapting
-) -> dict[Key, list[tuple[Scan, Path]]]:
-    """The next scans of each site that can be preprocessed, on the model's grid; empties pools."""
-    used: dict[Key, list[tuple[Scan, Path]]] = {key: [] for key in keys}
+def _preprocess(sites: Sequence[_Site], adapting: Adapting) -> None:
+    """Put the next scans of each site that can be used on the model's grid."""
     target, job = adapting.target, adapting.job
+    for site in sites:
+        site.volumes = []
     while batch := [
-        (key, scan) for key in keys for scan in pools[key][: adapting.count - len(used[key])]
+        (site, scan) for site in sites for scan in site.pool[: adapting.count - len(site.volumes)]
     ]:
-        stems, _ = store_volumes(
+        stems, outcomes = store_volumes(
             [scan for _, scan in batch], target.contract, target.grid_file, job, _warn
         )
         by_name = {stem.name: stem for stem in stems}
-        for key, scan in batch:
-            pools[key].remove(scan)
+        crashed = {o.stem: o for o in outcomes if o.exit_code not in (ExitCode.OK, ExitCode.DATA)}
+        for site, scan in batch:
+            site.pool.remove(scan)
             if scan.stem in by_name:
-                used[key].append((scan, by_name[scan.stem]))
-    return used
+                site.volumes.append((scan, by_name[scan.stem]))
+            elif scan.stem in crashed:
+                site.crashed.append(crashed[scan.stem])
+        if crashed and job.engine.stop_on_first_crash:
+            return
 
 
-def _candidates(keys: Sequence[Key], adapting: Adapting) -> dict[Key, list[Scan]]:
-    """Scans of each site in the whole data set that are tried at most, in this order.
+def _candidates(keys: Sequence[Key], adapting: Adapting) -> list[_Site]:
+    """Sites with the scans in the whole data set that are tried at most, in this order.
 
     Not only those asked for: jobs of one participant each must adapt to the same scans.
     """
     modalities = sorted({modality for _, modality in keys})
     found = [scan for modality in modalities for scan in adapting.find(None, modality)]
     found.sort(key=lambda scan: (scan.subject, scan.path))
-    return {
-        key: [s for s in found if (s.site, s.suffix) == key][: _TRIES * adapting.count]
-        for key in keys
-    }
+    sites = []
+    for key in keys:
+        pool = [s for s in found if (s.site, s.suffix) == key][: _TRIES * adapting.count]
+        sites.append(_Site(key, pool, len(pool)))
+    return sites
 
 
 def _warn(outcome: Outcome) -> None:
@@ -248,71 +287,80 @@ def _warn(outcome: Outcome) -> None:
         LOG.warning("left out: %s: %s", outcome.stem, outcome.message)
 
 
-def _run(
-    volumes: Mapping[Key, Sequence[tuple[Scan, Path]]], adapting: Adapting
-) -> dict[Key, Outcome]:
+def _run(sites: Sequence[_Site], adapting: Adapting) -> dict[Key, Outcome]:
     """One node per site; what went wrong, by site."""
     target, job = adapting.target, adapting.job
     failed: dict[Key, Outcome] = {}
-    words = [target.hash, str(job.place.out_dir), sorted(volumes), adapting.settings]
+    words = [target.hash, str(job.place.out_dir), [s.key for s in sites], adapting.settings]
     label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
     graph = Workflow(name=f"bids_harmony_adapt_{label}_wf")
     keys: dict[str, Key] = {}
-    for number, (key, pairs) in enumerate(sorted(volumes.items()), start=1):
-        site, modality = key
-        if not pairs:
-            text = f"none of the scans of site {site} ({modality}) that were tried can be used"
-            text += " to adapt to it"
-            failed[key] = Outcome(site, "", "refused", text, ExitCode.DATA)
+    for number, site in enumerate(sites, start=1):
+        if not site.volumes:
+            text = "none of the scans that were tried can be used to adapt to it"
+            failed[site.key] = _failed(site.key, text, ExitCode.DATA)
             continue
         part = Workflow(name=f"site_{number}_wf")
-        part.add_nodes([_node(key, pairs, adapting)])
+        part.add_nodes([_node(site, adapting)])
         graph.add_nodes([part])
-        keys[part.name] = key
+        keys[part.name] = site.key
     if not keys:
         return failed
-    failures = run_graph(graph, job.engine, n_scans=len(keys), on_node=lambda *_: None)
+    ended: set[Key] = set()
+
+    def on_node(fullname: str, status: str) -> None:
+        if status == "end":
+            ended.add(keys[fullname.split(".")[1]])
+
+    failures = run_graph(graph, job.engine, n_scans=len(keys), on_node=on_node)
     if job.clean and not failures:
         shutil.rmtree(job.engine.work_dir / graph.name, ignore_errors=True)
     for failure in failures:
         names = failure.node.split(".")[1:2]
         for key in [keys[n] for n in names if n in keys] or list(keys.values()):
-            text = f"no adaptation to site {key[0]} ({key[1]}): {failure.message}"
-            failed[key] = Outcome(
-                key[0],
-                "",
-                "refused" if failure.exit_code == ExitCode.DATA else "failed",
-                text,
-                failure.exit_code,
-                traceback=failure.traceback,
-            )
-    return failed
+            failed[key] = _failed(key, failure.message, failure.exit_code, failure.traceback)
+    lost = [key for key in keys.values() if key not in ended and key not in failed]
+    return failed | {key: _failed(key, NOT_RUN) for key in lost}
 
 
-def _facts(key: Key, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> dict[str, Any]:
+def _failed(key: Key, why: str, code: ExitCode = ExitCode.FAILURE, traceback: str = "") -> Outcome:
+    site, modality = key
+    return Outcome(
+        site,
+        "",
+        "refused" if code == ExitCode.DATA else "failed",
+        f"no adaptation to site {site} ({modality}): {why}",
+        code,
+        traceback=traceback,
+    )
+
+
+def _facts(site: _Site, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> dict[str, Any]:
     """What is kept beside an adaptation: what it was made of, and with what."""
     target = adapting.target
+    name, modality = site.key
     return {
         "model": target.hash,
         "model_name": target.name,
-        "site": key[0],
-        "modality": key[1],
+        "site": name,
+        "modality": modality,
         "settings": adapting.settings,
         "device": target.device_kind,
         "scans": [_facts_of(scan, adapting.job) for scan, _ in pairs],
+        **({"crashed": [outcome.stem for outcome in site.crashed]} if site.crashed else {}),
     }
 
 
-def _node(key: Key, pairs: Sequence[tuple[Scan, Path]], adapting: Adapting) -> Node:
+def _node(site: _Site, adapting: Adapting) -> Node:
     target, job = adapting.target, adapting.job
     return Node(
         AdaptToSite(
             **model_inputs(target, job.prep),
-            stems=[str(stem) for _, stem in pairs],
-            folder=str(adapting.folder(key)),
-            facts=_facts(key, pairs, adapting),
+            stems=[str(stem) for _, stem in site.volumes],
+            folder=str(adapting.folder(site.key)),
+            facts=_facts(site, site.volumes, adapting),
         ),
         name="adapt",
         n_procs=job.prep.threads,
-        mem_gb=gigabytes(pairs[0][0].path) + target.memory_gb,
+        mem_gb=gigabytes(site.volumes[0][0].path) + target.memory_gb,
     )

@@ -20,6 +20,7 @@ from bids_harmony.workflows.plugins import NodeFailure
 
 Status = Literal["harmonized", "preprocessed", "skipped", "refused", "failed", "planned"]
 BATCH = 64
+NOT_RUN = "not run, because the run stopped at an earlier failure"
 _BYTES_PER_VOXEL = 24
 _UNKNOWN_GB = 1.0
 
@@ -161,8 +162,7 @@ def _failed(scan: Scan, failures: Sequence[NodeFailure], name: str) -> Outcome:
         f for f in failures if "." not in f.node
     ]
     if not mine:
-        text = "not run, because the run stopped at an earlier failure"
-        return Outcome(scan.stem, scan.subject, "failed", text, ExitCode.FAILURE)
+        return Outcome(scan.stem, scan.subject, "failed", NOT_RUN, ExitCode.FAILURE)
     first = mine[0]
     refused = first.exit_code == ExitCode.DATA
     step = first.node.split(".")[-1]

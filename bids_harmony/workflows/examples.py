@@ -24,13 +24,13 @@ from bids_harmony.workflows.settings import Job
 from bids_harmony.workflows.train import (
     Fit,
     memory_in_words,
+    preprocessed,
     reference_meta,
     reference_volumes,
     seen_meta,
     training_folder,
     training_scans,
 )
-from bids_harmony.workflows.volumes import store_volumes
 
 _LOOKED = 8
 
@@ -114,7 +114,7 @@ def bundle_towards(
         If the method does not harmonize by example, or no scan can be used.
     """
     bundle, method = _networks_of(networks)
-    stems, outcomes = store_volumes(scans, method.contract, fit.grid_file, job, on_outcome)
+    stems, outcomes = preprocessed(scans, method.contract, fit.grid_file, job, on_outcome)
     wanted = reference_volumes(scans, stems, fit.reference)
     method.place_on(fit.training.device, fit.training.threads)
     with memory_in_words(fit):
@@ -213,7 +213,7 @@ def bundle_fine_tuned(
     method = bundle.method
     if not (isinstance(method, NeuralMethod) and method.fine_tunes):
         raise UsageError(f"--adapt-to: {method.name} cannot learn a new site after its training")
-    stems, outcomes = store_volumes(scans, method.contract, fit.grid_file, job, on_outcome)
+    stems, outcomes = preprocessed(scans, method.contract, fit.grid_file, job, on_outcome)
     volumes = reference_volumes(scans, stems, fit.reference)
     method.place_on(fit.training.device, fit.training.threads)
     seen, new = bundle.meta, seen_meta(volumes)

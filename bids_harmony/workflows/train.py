@@ -16,7 +16,7 @@ import numpy as np
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.scan import Scan
-from bids_harmony.errors import HarmonyError, NothingSelectedError, UsageError
+from bids_harmony.errors import ExitCode, HarmonyError, NothingSelectedError, UsageError
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import IntensityScale, median_scale
 from bids_harmony.interfaces.files import sha256
@@ -117,7 +117,7 @@ def fit_reference(
     kind = load_method(fit.method)
     modalities = sorted({s.suffix for s in scans})
     contract = contract_while_fitting(kind, modalities, fit.training.preset)
-    stems, outcomes = store_volumes(scans, contract, fit.grid_file, job, on_outcome)
+    stems, outcomes = preprocessed(scans, contract, fit.grid_file, job, on_outcome)
     volumes, wanted = StoredVolumes(stems), reference_volumes(scans, stems, fit.reference)
     meta = {**reference_meta(wanted, fit, job.prep), **seen_meta(volumes), "seed": job.prep.seed}
     folder = job.place.out_dir / "models" / fit.name
@@ -134,6 +134,35 @@ def fit_reference(
         meta["training"] = {"preset": training.preset, "device": training.device}
         save_bundle(folder, model, meta=meta, files=files)
     return folder, outcomes
+
+
+def preprocessed(
+    scans: Sequence[Scan],
+    contract: Contract,
+    grid_file: Path | None,
+    job: Job,
+    on_outcome: Callable[[Outcome], None],
+) -> tuple[list[Path], list[Outcome]]:
+    """`store_volumes` for a model: scans may be refused, but none lost to a failure.
+
+    A model that was made of what is left would be used from then on and never be made again.
+
+    Raises
+    ------
+    HarmonyError
+        If the preprocessing of a scan failed.
+    """
+    stems, outcomes = store_volumes(scans, contract, grid_file, job, on_outcome)
+    lost = [o for o in outcomes if o.exit_code not in (ExitCode.OK, ExitCode.DATA)]
+    if lost:
+        error = HarmonyError(
+            f"{len(lost)} of {len(scans)} scans to learn from could not be preprocessed, such as "
+            f"{lost[0].stem}: {lost[0].message}; no model was made of the others. Run again, or "
+            "leave them out: train --participant-label"
+        )
+        error.exit_code = lost[0].exit_code
+        raise error
+    return stems, outcomes
 
 
 @contextmanager
