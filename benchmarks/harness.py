@@ -25,11 +25,13 @@ import nibabel as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.goals import Goal
 from benchmarks.rows import TIMES, Row, Rows, facts
 from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import write_json
+from bids_harmony.config import ADAPTED
 from bids_harmony.errors import ExitCode, HarmonyError, MissingInputError, UsageError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import IntensityScale, fit_scale, median_scale
@@ -105,6 +107,8 @@ class Table(ABC):
     controls: ClassVar[tuple[str, ...]] = ()
     #: Options of both levels.
     options: ClassVar[tuple[str, ...]] = ()
+    #: What methods should reach.
+    goals: ClassVar[tuple[Goal, ...]] = ()
     #: Table whose models are tried; None trains its own.
     models_of: ClassVar[str | None] = None
 
@@ -282,10 +286,12 @@ def _same_settings(path: Path, settings: Settings) -> None:
 
 
 def forget(table: Table, labels: Sequence[str], work: Path) -> None:
-    """Remove rows, models and outputs of trials, so that they are made again."""
+    """Remove rows, models, adaptations and outputs of trials, so that they are made again."""
     folder = work / table.name
     for label in labels:
-        shutil.rmtree(folder / "out" / "models" / label, ignore_errors=True)
+        models = folder / "out" / "models"
+        for made in (models / label, *models.glob(f"{ADAPTED}/{label}-*")):
+            shutil.rmtree(made, ignore_errors=True)
         desc = _letters(label)
         for path in [
             *folder.glob(f"out/logs/desc-{desc}*"),

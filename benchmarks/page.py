@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.goals import render_goals
 from benchmarks.harness import Column, Table
 from benchmarks.rows import TIMES, Mean, Row, below_input, mean_interval
 from bids_harmony.bids.write import atomic_write_text
@@ -37,6 +38,13 @@ def render(table: Table, rows: Sequence[Row], command: str) -> str:
     if len(conditions) > 1 and averaged:
         words = f" (without {', '.join(table.controls)})" if table.controls else ""
         parts += [f"## Mean over conditions{words}", _grid(table, averaged, "mean")]
+    if table.goals and averaged:
+        better = next(c.better for c in table.columns if c.name == table.judge)
+        words = "By how much a mean misses the goal stands behind the condition."
+        parts += ["## Goals", words, render_goals(
+            table.goals, [k for k in table.trials if k != "none"], averaged, table.paper,
+            (table.judge, better),
+        )]  # fmt: skip
     parts += _others(table, conditions)
     parts += _worse(table, done)
     parts += ["## Time", _times(done)]

@@ -119,6 +119,16 @@ def test_page():
     assert "- ssimh, exp, nov61: -1.00 dB" in lines
     assert "- nyul, exp, nov61: no output" in lines
     assert "- harmonizing-flows" not in text
+    start = lines.index("## Goals")
+    goals = {x.split("|")[1].strip(): x.split("|")[2:-1] for x in lines[start + 4 : start + 9]}
+    assert lines[start + 4].split("|")[2:-1] == [" histogram-matching ", " ssimh "]
+    above = [c.strip() for c in goals["PSNR, brain, above histogram matching"]]
+    assert above == ["met", "missed: exp (-6), log (-6)"]
+    paper = [c.strip() for c in goals["PSNR, field, above the paper's BlindHarmony"]]
+    assert paper == ["missed: exp (-3.7), log (-2.7)", "missed: exp (-9.7), log (-8.7)"]
+    assert [x for x in lines if x.startswith("| no scan is made worse")] == [
+        "| no scan is made worse | met | missed: 4 of 4 scans |"
+    ]
     assert "python -m benchmarks.run" in text
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
+from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, scans_of
 from benchmarks.scoring import anatomy, jumps, similarity, whole_field
 from bids_harmony.bids.write import save_nifti
@@ -60,7 +61,9 @@ class BlindHarmony(Table):
         "by the reference domain's map. Brain: in the mask, in three dimensions. Field: mean "
         "over axial slices in the middle 60 mm, 173 x 211 mm, zero background included, in the "
         "manner of the paper, whose figures (OASIS-3, other scans, 1.2 mm, slices scaled one by "
-        "one) stand beside; at gamma 1.5 its better one (beta1 500; with 1000 it is 25.8 dB)."
+        "one) stand beside; at gamma 1.5 its better one (beta1 500; with 1000 it is 25.8 dB). "
+        "Slice jumps: mean absolute difference of neighbouring slices' means, the largest ratio "
+        "of the three axes."
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("psnr", "PSNR, brain", "dB"),
@@ -73,12 +76,18 @@ class BlindHarmony(Table):
         Column("slice_x", "slice jumps x", digits=4, better="lower", shown=False),
         Column("slice_y", "slice jumps y", digits=4, better="lower", shown=False),
         Column("slice_z", "slice jumps z", digits=4, better="lower", shown=False),
-        Column("slice_to_input", "slice jumps / input's", better="one"),
+        Column("slice_to_input", "slice jumps / input's", better="lower"),
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
     )  # fmt: skip
     controls: ClassVar[tuple[str, ...]] = (IDENTITY,)
+    goals: ClassVar[tuple[Goal, ...]] = (
+        Goal("PSNR, field, above the paper's BlindHarmony", "field_psnr", paper="blindharmony"),
+        Goal("SSIM, field, above the paper's BlindHarmony", "field_ssim", paper="blindharmony"),
+        Goal("PSNR, brain, above histogram matching", "psnr", above="histogram-matching"),
+        Goal("slice jumps not above the input's", "slice_to_input", 1.0, floor=False),
+    )
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
         (trial, condition): {"field_psnr": psnr, "field_ssim": ssim}
         for trial, condition, psnr, ssim in (

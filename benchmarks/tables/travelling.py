@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, read, scans_of
 from benchmarks.scoring import anatomy, distribution, jumps, segmented, similarity, tissues
 from bids_harmony.bids.scan import Scan
@@ -32,8 +33,9 @@ SCORES = (
     f"reference domain; {REFERENCE} itself as input therefore shows what noise costs. "
     "nWD as in HAIL (equation 1), but the target is the truth, not another person's scan. "
     "rAVD: tissue volumes (Atropos, 3 classes) of the result against those of the truth; "
-    "HAIL compares with the input's (in the CSV: ravd_input). The paper's columns are HAIL's "
-    "own figures on clinical scans."
+    "HAIL compares with the input's (in the CSV: ravd_input). Slice jumps: mean absolute "
+    "difference of neighbouring slices' means, the largest ratio of the three axes. The paper's "
+    "columns are HAIL's own figures on clinical scans."
 )
 
 
@@ -70,12 +72,19 @@ class Travelling(Table):
           for t in ("gm", "wm", "csf")),
         Column("edges", "edge correlation", "", 4, shown=False),
         *(Column(f"slice_{k}", f"slice jumps {k}", "", 4, "lower", shown=False) for k in "xyz"),
-        Column("slice_to_input", "slice jumps / input's", "", 2, "one"),
+        Column("slice_to_input", "slice jumps / input's", "", 2, "lower"),
     )  # fmt: skip
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
     )  # fmt: skip
     controls: ClassVar[tuple[str, ...]] = (REFERENCE,)
+    goals: ClassVar[tuple[Goal, ...]] = (
+        Goal("PSNR 3 dB above histogram matching", "psnr", 3.0, above="histogram-matching"),
+        Goal("rAVD GM at most 3 %", "ravd_gm", 3.0, floor=False),
+        Goal("rAVD WM at most 3 %", "ravd_wm", 3.0, floor=False),
+        Goal("rAVD CSF at most 3 %", "ravd_csf", 3.0, floor=False),
+        Goal("slice jumps not above the input's", "slice_to_input", 1.0, floor=False),
+    )
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
         ("hail", "mean"): {"nwd_ip": 94.63, "nwd_tp": 11.87, "ravd_input_gm": 7.06,
                            "ravd_input_wm": 13.42}
@@ -176,3 +185,8 @@ class ByExample(Travelling):
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "nyul", "hail", "calamiti", "dewey2020",
     )  # fmt: skip
+    goals: ClassVar[tuple[Goal, ...]] = (
+        Goal("nWD(t,p) at most 8 %", "nwd_tp", 8.0, floor=False),
+        Goal("rAVD GM at most 3 %", "ravd_gm", 3.0, floor=False),
+        Goal("rAVD WM at most 4 %", "ravd_wm", 4.0, floor=False),
+    )
