@@ -42,7 +42,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/preprocess.py
-	$(BIN)/python benchmarks/flows.py --sizes cpu
+	$(BIN)/python -m benchmarks.flows
 
 clean:
 	rm -rf $(VENV) $(DEMO) docs/_build build *.egg-info

@@ -23,8 +23,7 @@ import torch
 from benchmarks.data import need
 from benchmarks.harness import scans_of
 from benchmarks.out_of_domain import preprocessed
-from benchmarks.rows import facts
-from bids_harmony.bids.write import atomic_write_text
+from benchmarks.page import write_plain_page
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.flow_method import FlowMethod
@@ -34,6 +33,7 @@ from bids_harmony.methods.histogram_matching import HistogramMatching
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("harmonizing-flows", "blindharmony")
+GOALS = (15, 60)  # seconds for a scan, for a site
 PEOPLE = ("nov61gamma07", "nov62gamma07", "nov63gamma07")  # one contrast: what a site is
 
 
@@ -99,16 +99,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = need(options.work.absolute() / "blindharmony-1-3")
     volumes = [preprocessed(s, folder / "out") for s in scans_of(folder / "bids", PEOPLE)]
-    lines = [
-        "# Seconds of the flow methods",
-        "",
-        "The method alone, without preprocessing: real scans (novosibirsk, gamma .7), models of "
-        "`blindharmony-1-3`. Histogram matching of the same scan is timed in the same run.",
-        "",
-        f"- command: `python -m benchmarks.neural --methods {' '.join(options.methods)}`",
-        *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
-        f"- threads: {options.threads}, median of {options.repeats} (adaptations: once)",
-    ]
+    lines = [f"- threads: {options.threads}, median of {options.repeats} (adaptations: once)"]
     for key in options.methods:
         method = load_bundle(need(folder / "out" / "models" / key)).method
         if isinstance(method, FlowMethod):
@@ -118,10 +109,19 @@ def main() -> None:
                 *(f"- {line}" for line in measure(key, method, volumes, options.repeats)),
             ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines += ["", f"Peak memory of the process: {peak:.2f} GiB."]
-    print("\n".join(lines))
-    options.out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(options.out / "seconds.md", "\n".join(lines) + "\n")
+    lines += [
+        "",
+        f"Peak memory of the process: {peak:.2f} GiB. Goals, on two cores: {GOALS[0]} s for a "
+        f"scan of about 1 mm, {GOALS[1]} s for a new site.",
+    ]
+    write_plain_page(
+        options.out / "seconds.md",
+        "Seconds of the flow methods",
+        "The method alone, without preprocessing: real scans (novosibirsk, gamma .7), models of "
+        "`blindharmony-1-3`. Histogram matching of the same scan is timed in the same run.",
+        f"python -m benchmarks.neural --methods {' '.join(options.methods)}",
+        lines,
+    )
 
 
 if __name__ == "__main__":

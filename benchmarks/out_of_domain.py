@@ -22,11 +22,10 @@ from scipy import ndimage
 
 from benchmarks.data import volume_of
 from benchmarks.harness import read
-from benchmarks.rows import facts
+from benchmarks.page import write_plain_page
 from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
-from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import fit_scale
@@ -120,27 +119,22 @@ def main() -> None:
             found[name, key] = verdict(method, volume)
             print(key, name, found[name, key], flush=True)
     heads = " | ".join(f"{k}: input | {k}: judged | {k}" for k in options.methods)
-    lines = [
-        "# Out of the reference domain",
-        "",
-        "Bits per dimension under each method's flow (reference domain: nine novosibirsk "
-        "scans), of the preprocessed input and after tone curve and blur, and what became of it. "
-        "Real scans; the last rows are made of one of them. T2w and FLAIR are given as T1w.",
-        "",
-        f"- command: `python -m benchmarks.out_of_domain --methods {' '.join(options.methods)}`",
-        *(f"- {key}: {value}" for key, value in facts(0, "cpu").items()),
-        "",
-        f"| scan | {heads} |",
-        "|" + "---|" * (1 + 3 * len(options.methods)),
-    ]
+    lines = [f"| scan | {heads} |", "|" + "---|" * (1 + 3 * len(options.methods))]
     for name, _ in volumes:
         cells = []
         for key in options.methods:
             before, after, word = found[name, key]
             cells.append(f"{before:.2f} | {after:.2f} | {word}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    options.out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(options.out / "out-of-domain.md", "\n".join(lines) + "\n")
+    write_plain_page(
+        options.out / "out-of-domain.md",
+        "Out of the reference domain",
+        "Bits per dimension under each method's flow (reference domain: nine novosibirsk "
+        "scans), of the preprocessed input and after tone curve and blur, and what became of it. "
+        "Real scans; the last rows are made of one of them. T2w and FLAIR are given as T1w.",
+        f"python -m benchmarks.out_of_domain --methods {' '.join(options.methods)}",
+        lines,
+    )
 
 
 if __name__ == "__main__":

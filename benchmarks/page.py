@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.goals import render_goals
 from benchmarks.harness import Column, Table
-from benchmarks.rows import TIMES, Mean, Row, below_input, mean_interval
+from benchmarks.rows import TIMES, Mean, Row, below_input, facts, mean_interval
 from bids_harmony.bids.write import atomic_write_text
 
 
@@ -19,6 +19,17 @@ def write_page(table: Table, rows: Sequence[Row], text: str, command: str, folde
     atomic_write_text(path, render(table, rows, command))
     atomic_write_text(folder / f"{table.name}.csv", text)
     return path
+
+
+def write_plain_page(
+    path: Path, title: str, about: str, command: str, body: Sequence[str]
+) -> None:
+    """Write a page of other figures than those of a table, with what it was made with."""
+    made = [f"- command: `{command}`", *(f"- {k}: {v}" for k, v in facts(0, "cpu").items())]
+    text = "\n".join([f"# {title}", "", about, "", *made, "", *body]) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, text)
+    print(text)
 
 
 def render(table: Table, rows: Sequence[Row], command: str) -> str:
