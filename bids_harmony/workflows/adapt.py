@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_harmony.bids.scan import Scan
-from bids_harmony.config import ADAPT_SCANS, ADAPTED
+from bids_harmony.config import ADAPT_SCANS, ADAPTED, PROGRESS
 from bids_harmony.errors import ExitCode, MissingInputError, NothingSelectedError, UsageError
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.harmonize import AdaptToSite
@@ -306,11 +307,13 @@ def _run(sites: Sequence[_Site], adapting: Adapting) -> dict[Key, Outcome]:
         keys[part.name] = site.key
     if not keys:
         return failed
-    ended: set[Key] = set()
+    begin, ended = monotonic(), set()
 
     def on_node(fullname: str, status: str) -> None:
         if status == "end":
-            ended.add(keys[fullname.split(".")[1]])
+            key = keys[fullname.split(".")[1]]
+            ended.add(key)
+            LOG.log(PROGRESS, "adapted to site %s (%s) after %.0f s", *key, monotonic() - begin)
 
     failures = run_graph(graph, job.engine, n_scans=len(keys), on_node=on_node)
     if job.clean and not failures:
