@@ -57,9 +57,19 @@ class ReferenceBrains:
                     "mask"
                 )
             brains.append(brain)
-            subjects.append(_subject(volume))
+            subjects.append(volume.subject or volume.name)
             spacings.append(grid.spacing)
         return cls(volumes, resolution, tuple(brains), tuple(subjects), tuple(spacings))
+
+    def only(self, indices: Sequence[int]) -> Self:
+        """Some of them."""
+        return type(self)(
+            Chosen(self.volumes, indices),
+            self.resolution,
+            tuple(self.brains[k] for k in indices),
+            tuple(self.subjects[k] for k in indices),
+            tuple(self.spacings[k] for k in indices),
+        )
 
     def toned(self, tone: Tone) -> list[Brain]:
         """The brains after their tone was mapped, as any scan's is."""
@@ -87,8 +97,8 @@ def split_by_subject(
     ScanError
         If there are fewer than two subjects, or a brain is too small.
     """
-    labels = [_subject(v) for v in volumes]
-    subjects = sorted(set(labels))
+    brains = ReferenceBrains.of(volumes, resolution)
+    subjects = sorted(set(brains.subjects))
     if len(subjects) < 2:
         raise ScanError(
             "a neural method needs two subjects of the reference domain or more, one of which is "
@@ -96,17 +106,10 @@ def split_by_subject(
         )
     apart = set(subjects[-max(round(_HELD_OUT * len(subjects)), 1) :])
     learn, held_out = (
-        [k for k, label in enumerate(labels) if (label in apart) is wanted]
+        [k for k, label in enumerate(brains.subjects) if (label in apart) is wanted]
         for wanted in (False, True)
     )
-    return (
-        ReferenceBrains.of(Chosen(volumes, learn), resolution),
-        ReferenceBrains.of(Chosen(volumes, held_out), resolution),
-    )
-
-
-def _subject(volume: Volume) -> str:
-    return volume.subject or volume.name
+    return brains.only(learn), brains.only(held_out)
 
 
 def layout_of(toned: Sequence[Brain], spacings: Sequence[Sequence[float]]) -> Layout:
