@@ -81,7 +81,7 @@ def render_goals(
 
 def _verdict(gaps: Mapping[str, float | None]) -> str:
     known = {condition: gap for condition, gap in gaps.items() if gap is not None}
-    missed = [f"{condition} ({gap:+.3g})" for condition, gap in known.items() if gap < 0]
+    missed = [f"{condition} ({gap:+.2g})" for condition, gap in known.items() if gap < 0]
     if missed:
         return f"missed: {', '.join(missed)}"
     return "met" if known else ""
@@ -97,6 +97,8 @@ def _gap(
     """By how much a goal is exceeded (negative: missed); None where nothing can be said."""
     mine = score(method, condition, goal.column)
     base: float | None = 0.0
+    if goal.above == method:
+        return None
     if goal.above is not None:
         base = score(goal.above, condition, goal.column)
     elif goal.paper is not None:
