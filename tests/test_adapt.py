@@ -105,6 +105,7 @@ def job(cohort):
 def test_a_job_adapts_to_the_first_scans_of_the_site(cohort, job):
     assert job.log == ["adapt " + " ".join(FIRST)]
     assert "adapting tiny-A to site B (T1w) first" in job.out
+    assert f"progress: {FIRST[0]}: preprocessed, to adapt to its site" in job.err
     assert re.search(r"progress: adapted to site B \(T1w\) after \d+ s", job.err)
     assert "left out: sub-b2_T1w: " in job.err
     assert ": harmonized" in job.out

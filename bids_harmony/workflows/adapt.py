@@ -254,7 +254,7 @@ def _preprocess(sites: Sequence[_Site], adapting: Adapting) -> None:
         (site, scan) for site in sites for scan in site.pool[: adapting.count - len(site.volumes)]
     ]:
         stems, outcomes = store_volumes(
-            [scan for _, scan in batch], target.contract, target.grid_file, job, _warn
+            [scan for _, scan in batch], target.contract, target.grid_file, job, _tell
         )
         by_name = {stem.name: stem for stem in stems}
         crashed = {o.stem: o for o in outcomes if o.exit_code not in (ExitCode.OK, ExitCode.DATA)}
@@ -283,8 +283,10 @@ def _candidates(keys: Sequence[Key], adapting: Adapting) -> list[_Site]:
     return sites
 
 
-def _warn(outcome: Outcome) -> None:
-    if outcome.status != "preprocessed":
+def _tell(outcome: Outcome) -> None:
+    if outcome.status == "preprocessed":
+        LOG.log(PROGRESS, "%s: preprocessed, to adapt to its site", outcome.stem)
+    else:
         LOG.warning("left out: %s: %s", outcome.stem, outcome.message)
 
 
