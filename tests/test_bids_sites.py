@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -170,8 +169,6 @@ def test_long_table_is_read_once(tmp_path, monkeypatch):
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda p, **k: (reads.append(p), real(p, **k))[1])
     finder = SiteFinder(tmp_path)
-    start = time.perf_counter()
     labels = [finder.site(scan(tmp_path, str(i), None))[0] for i in range(0, 100_000, 500)]
-    assert time.perf_counter() - start < 5
     assert labels == [f"S{i % 7}" for i in range(0, 100_000, 500)]
     assert reads.count(tmp_path / "participants.tsv") == 1

