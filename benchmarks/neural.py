@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.data import need
 from benchmarks.harness import scans_of
-from benchmarks.out_of_domain import preprocessed
+from benchmarks.out_of_domain import METHODS, preprocessed
 from benchmarks.page import write_plain_page
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.bundle import load_bundle
@@ -32,7 +32,6 @@ from bids_harmony.methods.harmonizing_flows import HarmonizingFlows
 from bids_harmony.methods.histogram_matching import HistogramMatching
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("harmonizing-flows", "blindharmony")
 GOALS = (15, 60)  # seconds for a scan, for a site
 PEOPLE = ("nov61gamma07", "nov62gamma07", "nov63gamma07")  # one contrast: what a site is
 

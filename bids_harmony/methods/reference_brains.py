@@ -47,8 +47,7 @@ class ReferenceBrains:
     def of(cls, volumes: Sequence[Volume], resolution: float) -> Self:
         """These scans; ScanError if a brain is too small."""
         brains, subjects, spacings = [], [], []
-        for index in range(len(volumes)):
-            volume = volumes[index]
+        for volume in volumes:
             grid = on_model_grid(volume, resolution)
             brain = (torch.from_numpy(grid.data), torch.from_numpy(grid.mask))
             if not all(usable_slices(brain[1], axis) for axis in range(3)):
@@ -73,10 +72,7 @@ class ReferenceBrains:
 
     def toned(self, tone: Tone) -> list[Brain]:
         """The brains after their tone was mapped, as any scan's is."""
-        scans = (
-            toned_scan(tone, self.volumes[index], self.resolution)
-            for index in range(len(self.volumes))
-        )
+        scans = (toned_scan(tone, volume, self.resolution) for volume in self.volumes)
         return [(scan.start, scan.mask) for scan in scans]
 
     @property

@@ -38,7 +38,18 @@ class TonedScan:
 
 
 def toned_scan(tone: Tone, volume: Volume, resolution: float) -> TonedScan:
-    """A volume on the model's grid, mapped by its tone curve.
+    """A volume on the model's grid, mapped by its tone curve; raises as `scan_curve`."""
+    grid, curve = scan_curve(tone, volume, resolution)
+    image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
+    if grid.averaged:
+        start = torch.from_numpy(on_model_grid(_mapped(volume, curve), resolution).data)
+    else:
+        start = mapped(curve, image, mask)
+    return TonedScan(grid, curve, image, mask, start)
+
+
+def scan_curve(tone: Tone, volume: Volume, resolution: float) -> tuple[ModelGrid, ToneCurve]:
+    """A volume on the model's grid, and its tone curve.
 
     Raises
     ------
@@ -46,17 +57,14 @@ def toned_scan(tone: Tone, volume: Volume, resolution: float) -> TonedScan:
         As `on_model_grid`, and if nearly all brain voxels have one value.
     """
     grid = on_model_grid(volume, resolution)
-    image, mask = torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
     try:
-        if not grid.averaged:
-            curve = tone.curve(image, mask, grid.spacing)
-            start = mapped(curve, image, mask)
-        else:
-            curve = _fine_curve(tone, volume, resolution)
-            start = torch.from_numpy(on_model_grid(_mapped(volume, curve), resolution).data)
+        if grid.averaged:
+            return grid, _fine_curve(tone, volume, resolution)
+        return grid, tone.curve(
+            torch.from_numpy(grid.data), torch.from_numpy(grid.mask), grid.spacing
+        )
     except ScanError as error:
         raise ScanError(f"{volume.name or 'scan'}: {error}") from error
-    return TonedScan(grid, curve, image, mask, start)
 
 
 def _fine_curve(tone: Tone, volume: Volume, resolution: float) -> ToneCurve:

@@ -21,9 +21,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import Float64Array, merge_ties
 from bids_harmony.imaging.tone import ToneCurve, to_zero
 from bids_harmony.networks.tone import KNOTS, TOP, ToneNetwork, joint_histogram
-from bids_harmony.training.tone import (
-    Quantiles,
-)
+from bids_harmony.training.tone import Quantiles
 
 _RIM = 4.0  # mm
 _LEAST_CORE = 0.2

@@ -9,7 +9,7 @@ import numpy as np
 
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.reference_brains import ReferenceBrains
-from bids_harmony.methods.scan_tone import toned_scan
+from bids_harmony.methods.scan_tone import scan_curve
 from bids_harmony.methods.tone import Placed, Tone, core
 from bids_harmony.training.tone import mean_quantiles, tone_errors, tone_samples, train_tone
 
@@ -92,5 +92,5 @@ def _share(pairs: Sequence[tuple[Tone, Placed]]) -> float:
 def _change(tone: Tone, volume: Volume, resolution: float) -> float:
     """Root mean square of what the curve changes in a brain, on the scan's own voxels."""
     values = volume.data[np.asarray(volume.mask, dtype=bool)]
-    curve = toned_scan(tone, volume, resolution).curve
+    _, curve = scan_curve(tone, volume, resolution)
     return float(np.sqrt(np.mean((curve(values) - values) ** 2)))

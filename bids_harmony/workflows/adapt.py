@@ -38,7 +38,6 @@ from bids_harmony.workflows.volumes import store_volumes, volume_key
 LOG = logging.getLogger("bids_harmony")
 #: Unusable scans are passed over until this many times as many were tried.
 _TRIES = 3
-_FINE = Outcome("", "", "preprocessed")
 _REFUSED = "none of the scans of the site that were tried can be used"
 
 Key = tuple[str, str]  # site, modality
@@ -189,11 +188,11 @@ def _adapt(sites: Sequence[_Site], adapting: Adapting) -> dict[Key, Outcome]:
         if adapting.job.engine.stop_on_first_crash and any(site.crashed for site in left):
             return failed | {site.key: _failed(site.key, NOT_RUN) for site in left}
         failures = _run(left, adapting)
-        refused = [s for s in left if failures.get(s.key, _FINE).exit_code == ExitCode.DATA]
         for site in left:
             site.tried += site.volumes
-            if site.key in failures and site not in refused:
-                failed[site.key] = failures[site.key]
+        refusals = {k for k, outcome in failures.items() if outcome.exit_code == ExitCode.DATA}
+        failed |= {k: outcome for k, outcome in failures.items() if k not in refusals}
+        refused = [site for site in left if site.key in refusals]
         left = [site for site in refused if site.pool]
         for site in (site for site in refused if not site.pool):
             text = failures[site.key].message
