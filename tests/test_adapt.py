@@ -404,16 +404,19 @@ def crash(monkeypatch):
     return crashing
 
 
-def test_a_crash_does_not_decide_an_adaptation_for_good(cohort, tmp_path, crash, monkeypatch):
+@pytest.mark.parametrize("labels", [["b4"], ["b1", "b4"]], ids="-".join)
+def test_a_crash_does_not_decide_an_adaptation_for_good(
+    cohort, tmp_path, crash, monkeypatch, labels
+):
     """The run that met it goes on without the scan and says so; the next one adapts again."""
     options = ["--model", cohort.model, *quick(tmp_path / "work", cohort.folder / "theirs"), *TWO]
 
-    def participant(label):
+    def participant(*labels):
         return call(cohort.raw.root, tmp_path / "out", "participant", *options,
-                    "--participant-label", label)  # fmt: skip
+                    "--participant-label", *labels)  # fmt: skip
 
     crash("sub-b1_T1w")
-    first = participant("b4")
+    first = participant(*labels)
     assert first.code == 1
     assert "failed" in first.line("sub-b1_T1w")
     assert "its site is adapted to without it: RuntimeError: the worker is gone" in first.line(
@@ -422,7 +425,7 @@ def test_a_crash_does_not_decide_an_adaptation_for_good(cohort, tmp_path, crash,
     assert ": harmonized" in first.line("sub-b4_T1w")
     assert cohort.log() == ["adapt sub-b3_T1w sub-b4_T1w"]
     monkeypatch.undo()
-    second = participant("b4")
+    second = participant(*labels)
     assert second.code == 0, second.out + second.err
     assert cohort.log() == ["adapt " + " ".join(FIRST)]
     assert ": harmonized" in second.line("sub-b4_T1w")

@@ -183,13 +183,13 @@ def _adapt(
         for s in scans
         if (s.site, s.suffix) in failed
     ]
-    wanted = {scan.stem for scan in scans}  # they will tell for themselves
-    others = [
+    stems = {outcome.stem for outcome in lost}
+    lost += [
         replace(outcome, message=f"its site is adapted to without it: {outcome.message}")
         for outcome in crashed
-        if outcome.stem not in wanted
+        if outcome.stem not in stems
     ]
-    return replace(target, adaptations=made), [*lost, *others]
+    return replace(target, adaptations=made), lost
 
 
 def _adapting(context: Context, target: Target, job: Job) -> Adapting:
