@@ -43,6 +43,7 @@ class Config:
     name: str | None = None
     preset: str | None = None
     max_time: int | None = None
+    method_option: tuple[str, ...] = ()
     adapt_to: str | None = None
     adapt: str | None = None
     adapt_scans: int | None = None

@@ -15,7 +15,7 @@ from bids_harmony._version import __version__
 from bids_harmony.cli import phantom
 from bids_harmony.cli.boutiques import error_codes
 from bids_harmony.cli.parser import build_parser
-from bids_harmony.methods.registry import available, methods_table
+from bids_harmony.methods.registry import available, methods_table, options_table
 
 project = "bids_harmony"
 author = "The bids_harmony developers"
@@ -81,6 +81,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "phantom options": lambda: options(phantom.build_parser()),
     "exit codes": exit_codes,
     "methods": method_cards,
+    "method options": options_table,
 }
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel as nb
 import pytest
 import tiny_neural
 from conftest import call, quick
@@ -70,7 +71,9 @@ def test_bundle_of_a_neural_method(tiny, transforms, works, tmp_path, log):
     assert "psnr_db 31.25" in card
     bundle = load_bundle(folder)
     assert bundle.meta["scores"]["psnr_db"] == 31.25
-    assert bundle.meta["training"] == {"preset": "cpu", "device": "cpu"}
+    assert bundle.meta["training"] == {
+        "preset": "cpu", "device": "cpu", "options": {"pull": 0.9}
+    }  # fmt: skip
     assert bundle.method.contract.resolution == 4
     assert not list((works / "training").glob("tiny-*")), "checkpoints of a finished training"
 
@@ -121,6 +124,28 @@ def test_memory_that_runs_out_is_told_in_one_line(
         train(tiny, transforms, works, tmp_path / "out")
 
 
+def test_options_of_a_method(tiny, transforms, works, tmp_path, log):
+    out = tmp_path / "out"
+    ran = train(tiny, transforms, works, out, "--method-option", "pull=.5")
+    assert ran.code == 0, ran.out + ran.err
+    assert load_bundle(out / "models" / "tiny-A").meta["training"]["options"] == {"pull": 0.5}
+    usual = load_bundle(works / "out" / "models" / "tiny-A")
+    assert usual.meta["training"]["options"] == {"pull": 0.9}
+    half = load_bundle(out / "models" / "tiny-A").method.mean
+    assert half / usual.method.mean == pytest.approx((1 - 0.5**5) / (1 - 0.1**5))
+    harmonize = ["--model", "tiny-A", "--adapt", "none", "--participant-label", "01"]
+    harmonize += quick(works, transforms)
+    means = []
+    for options in ([], ["--method-option", "boost=.5"]):
+        ran = call(tiny.root, out, "participant", *harmonize, *options)
+        assert ran.code == 0, ran.out + ran.err
+        (path,) = out.glob("sub-01/**/*_desc-harmonized_T1w.nii.gz")
+        means.append(nb.load(path).get_fdata().mean())
+        made = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+        assert made["Harmonization"]["MethodOptions"] == {"boost": 0.5 if options else 1.0}
+    assert means[1] < 0.6 * means[0]
+
+
 def test_dry_run_says_how_it_would_train(tiny, transforms, works, tmp_path, log):
     ran = train(tiny, transforms, works, tmp_path / "out", "--dry-run", "--preset", "paper")
     assert ran.code == 0, ran.err
@@ -137,6 +162,13 @@ def test_dry_run_says_how_it_would_train(tiny, transforms, works, tmp_path, log)
         ("train", ["--method", "tiny", "--max-time", "0"], "invalid _positive value"),
         ("train", ["--method", "tiny", "--name", "adapted"], "where adaptations to sites are"),
         ("train", ["--method", "tiny", "--adapt", "site"], "are for participant"),
+        ("train", ["--method", "nyul", "--method-option", "a=1"], "nyul has no options"),
+        ("train", ["--method", "tiny", "--method-option", "a=1"], "tiny has pull, boost"),
+        ("train", ["--method", "tiny", "--method-option", "boost=1"], "boost is for participant"),
+        ("train", ["--method", "tiny", "--method-option", "pull=2"], "number from 0 to 1"),
+        ("train", ["--method", "tiny", "--method-option", "pull"], "number from 0 to 1"),
+        ("train", ["--method", "tiny", "--method-option", "pull=1", "pull=0"], "pull once"),
+        ("train", ["--model", "tiny-A", "--method-option", "pull=1"], "leave out --preset"),
         ("train", ["--method", "tiny", "--adapt-scans", "2"], "are for participant"),
         ("participant", ["--method", "tiny", "--preset", "cpu"], "are for train"),
         ("participant", ["--method", "tiny", "--max-time", "3"], "are for train"),

@@ -66,6 +66,15 @@ monotone = true
 status = "experimental"
 citation = "Nobody 2020."
 """
+OPTION = """
+[[options]]
+name = "speed"
+level = "train"
+default = 1
+minimum = 0
+maximum = 2
+summary = "how fast"
+"""
 
 
 @pytest.fixture
@@ -130,6 +139,13 @@ def test_plugin_is_found_and_loaded(plugin):
         ({"card": CARD.replace('"statistical"', '"neural"')}, "presets are for neural methods"),
         ({"card": CARD + 'presets = ["cpu"]\n'}, "presets are for neural methods"),
         ({"card": CARD + "adapts = true\n"}, "only neural methods adapt"),
+        ({"card": CARD + OPTION}, "only neural methods adapt to sites or have options"),
+        ({"card": CARD + "options = 3\n"}, "options must be tables"),
+        ({"card": CARD + OPTION.replace("default = 1", "default = 3")}, "between minimum and"),
+        ({"card": CARD + OPTION.replace('"train"', '"group"')}, "level must be train or part"),
+        ({"card": CARD + OPTION.replace("default = 1", 'default = "a"')}, "must be float, not"),
+        ({"card": CARD + OPTION.replace("maximum", "most")}, "lacks or has too much"),
+        ({"card": CARD + OPTION + OPTION}, "two options of the method card have one name"),
     ],
 )
 def test_broken_plugins_are_named(plugin, kwargs, message):
@@ -171,8 +187,23 @@ def test_what_a_method_needs_is_told_before_it_is_imported(plugin):
 def test_card_and_class_must_agree(plugin):
     card = CARD.replace('"statistical"', '"neural"') + 'presets = ["cpu"]\n'
     plugin("odd_dist", card=card)
-    with pytest.raises(UsageError, match="differ in kind, adapts, by_example or presets"):
+    with pytest.raises(UsageError, match="differ in kind, adapts, by_example, presets or options"):
         registry.load("fancy")
+
+
+def test_an_option_that_the_class_has_not_is_told(plugin):
+    card = CARD.replace('"statistical"', '"neural"') + 'presets = ["cpu", "paper"]\n' + OPTION
+    source = (
+        "from bids_harmony.methods.base import NeuralMethod\n"
+        "class Fancy(NeuralMethod):\n    name = 'fancy'\n    train_options = {'speed': 2.0}\n"
+    )
+    plugin("odd_dist", card=card, source=source)
+    with pytest.raises(UsageError, match="presets or options; repair the card"):
+        registry.load("fancy")
+
+
+def test_options_are_in_the_documentation():
+    assert "| `hail` | `consistency` | train | 1 | 0 to 100 |" in registry.options_table()
 
 
 def test_load_refuses_what_is_not_a_method(plugin):

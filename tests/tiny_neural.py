@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -46,6 +47,22 @@ citation = "Nobody 2020."
 adapts = true
 presets = ["cpu", "paper"]
 needs = ["numpy"]
+
+[[options]]
+name = "pull"
+level = "train"
+default = 0.9
+minimum = 0.0
+maximum = 1.0
+summary = "of the way to the mean that a step goes"
+
+[[options]]
+name = "boost"
+level = "participant"
+default = 1
+minimum = 0.5
+maximum = 2
+summary = "factor on the gain"
 """
 EXAMPLE_CARD = (
     CARD.replace('"tiny"', '"example"')
@@ -102,6 +119,9 @@ class TinyNeural(NeuralMethod):
     name = "tiny"
     adapts = True
     adapts_by_entropy = True
+    train_options: ClassVar = {"pull": 0.9}
+    participant_options: ClassVar = {"boost": 1.0}
+    boost = 1.0
 
     def __init__(self, mean, preset, modalities, gain=1.0, device="cpu", threads=1):
         self.mean, self.preset, self.modalities = mean, preset, tuple(modalities)
@@ -130,7 +150,8 @@ class TinyNeural(NeuralMethod):
                 raise KeyboardInterrupt
             if "TINY_ERROR" in os.environ:
                 raise RuntimeError(os.environ["TINY_ERROR"])
-            step, mean = step + 1, mean + 0.9 * (mean_of(volumes) - mean)
+            pull = training.options.get("pull", 0.9)
+            step, mean = step + 1, mean + pull * (mean_of(volumes) - mean)
             note(f"step {step}")
             state.write_text(json.dumps([step, mean]))
         return cls(mean, training.preset, sorted({v.modality for v in volumes}))
@@ -141,11 +162,14 @@ class TinyNeural(NeuralMethod):
     def scores(self):
         return {"psnr_db": 31.25}
 
+    def take_options(self, options):
+        self.boost = options["boost"]
+
     def place_on(self, device, threads):
         self.device, self.threads = device, threads
 
     def harmonize(self, volume, *, seed):
-        data = np.where(volume.mask, np.maximum(volume.data * self.gain, 0), 0)
+        data = np.where(volume.mask, np.maximum(volume.data * self.gain * self.boost, 0), 0)
         facts = {"gain": self.gain, "device": self.device, "threads": self.threads}
         return Harmonized(data.astype(np.float32), facts)
 
@@ -166,7 +190,9 @@ class TinyNeural(NeuralMethod):
         if "gain" not in adaptation.arrays:
             raise ScanError("the adaptation does not fit the model")
         gain = float(adaptation.arrays["gain"][0])
-        return type(self)(self.mean, self.preset, self.modalities, gain, self.device, self.threads)
+        made = type(self)(self.mean, self.preset, self.modalities, gain, self.device, self.threads)
+        made.boost = self.boost
+        return made
 
     def arrays(self):
         return {"mean": np.array([self.mean])}

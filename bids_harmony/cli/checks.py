@@ -6,6 +6,7 @@ import re
 
 from bids_harmony.config import ADAPTED, DEFAULT_METHOD, Config
 from bids_harmony.errors import UsageError
+from bids_harmony.methods.options import options_for
 from bids_harmony.methods.registry import available
 
 
@@ -47,8 +48,12 @@ def _check_train(config: Config) -> None:
         raise UsageError("--adapt-to needs --model, whose reference stays: leave out --reference")
     if not (config.reference or config.adapt_to):
         raise UsageError("train needs --reference SITE (or one participant or scan)")
-    if config.model and (config.preset or (config.max_time and not config.adapt_to)):
-        raise UsageError("train --model takes trained networks: leave out --preset and --max-time")
+    untrained = config.preset or config.method_option
+    if config.model and (untrained or (config.max_time and not config.adapt_to)):
+        raise UsageError(
+            "train --model takes trained networks: leave out --preset, --max-time and "
+            "--method-option"
+        )
     if config.reports_only or config.boilerplate_only or config.level != "full":
         raise UsageError("--reports-only, --boilerplate-only and --level are for participant")
     if config.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", config.name):
@@ -72,6 +77,7 @@ def _check_training(config: Config) -> None:
         raise UsageError(
             f"--preset {config.preset}: {card.name} has {', '.join(card.presets)} only"
         )
+    options_for(card.name, card.options, "train", config.method_option)
 
 
 def _check_participant(config: Config) -> None:
@@ -86,10 +92,10 @@ def _check_participant(config: Config) -> None:
     if config.level == "full":
         return
     adapting = config.adapt or config.adapt_scans or config.adapt_segmentation
-    if config.method or config.model or config.reference or adapting:
+    if config.method or config.model or config.reference or config.method_option or adapting:
         raise UsageError(
-            "--level minimal harmonizes nothing; leave out --method, --model, --reference and "
-            "--adapt"
+            "--level minimal harmonizes nothing; leave out --method, --model, --reference, "
+            "--method-option and --adapt"
         )
     if config.reports_only or config.boilerplate_only:
         raise UsageError("--level minimal writes no report; leave it out")

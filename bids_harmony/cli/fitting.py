@@ -15,6 +15,7 @@ from bids_harmony.config import ADAPT_SCANS, DEFAULT_METHOD, Config
 from bids_harmony.errors import UsageError
 from bids_harmony.methods.base import Training
 from bids_harmony.methods.bundle import bundle_meta, bundle_method, is_bundle, load_bundle
+from bids_harmony.methods.options import options_for
 from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.resources import pick_device
@@ -96,7 +97,13 @@ def training_of(context: Context, method: str) -> Training:
         max_minutes=config.max_time,
         device=pick_device(config.device, card.devices)[0],
         threads=context.resources.nprocs,
+        options=options_for(method, card.options, "train", _given_options(config, "train")),
     )
+
+
+def _given_options(config: Config, level: str) -> tuple[str, ...]:
+    """Options of the method that were given at a level; a run of the other level has none."""
+    return config.method_option if config.analysis_level == level else ()
 
 
 def fit(
@@ -185,6 +192,12 @@ def target_of(context: Context) -> Target | None:
         grid_file=grid_file,
         segmentation=segmentation,
         adapt_scans=config.adapt_scans or ADAPT_SCANS,
+        options=options_for(
+            target.method,
+            available()[target.method].options,
+            "participant",
+            _given_options(config, "participant"),
+        ),
     )
 
 

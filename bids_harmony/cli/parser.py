@@ -189,6 +189,13 @@ def _add_harmonization(parser: argparse.ArgumentParser) -> None:
     )
     _option(
         group,
+        "--method-option",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="numbers that a method has of its own (docs: Methods), such as consistency=0",
+    )
+    _option(
+        group,
         "--adapt-to",
         metavar="SITE",
         help="train, with --model: train its networks on with the scans of a new site, where the "

@@ -29,6 +29,7 @@ class _ModelInput(BaseInterfaceInputSpec):
     use_gpu = traits.Bool(False, usedefault=True, desc="so that one node has the GPU at a time")
     segmentation = traits.Str("", usedefault=True, desc="file of a network that bounds adaptation")
     segmentation_hash = traits.Str("", usedefault=True, desc="so that a changed one is noticed")
+    options = traits.Dict({}, usedefault=True, desc="values of the method's own options")
 
 
 class _HarmonizeInput(_ModelInput):
@@ -147,6 +148,7 @@ def _placed(inputs: Any) -> Any:
         raise HarmonyError(f"{inputs.bundle} changed while this run was using it; run again")
     if isinstance(bundle.method, NeuralMethod):
         bundle.method.place_on(inputs.device, inputs.num_threads)
+        bundle.method.take_options(dict(inputs.options))
     return bundle.method
 
 

@@ -196,6 +196,8 @@ class Training:
     folder
         Where checkpoints are kept, so that a killed training goes on where it stopped; None for
         none. Its owner names it by everything that decides the training.
+    options
+        Values of `NeuralMethod.train_options` that were chosen; the others have their defaults.
     """
 
     preset: str = "cpu"
@@ -203,6 +205,7 @@ class Training:
     device: str = "cpu"
     threads: int = 1
     folder: Path | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def minutes(self, share: float) -> float | None:
         """A part of the time limit, for one of several networks; None without a limit."""
@@ -258,6 +261,10 @@ class NeuralMethod(Method):
     by_example: ClassVar[bool] = False
     #: Whether `fine_tuned` goes on training with the scans of a new site.
     fine_tunes: ClassVar[bool] = False
+    #: Numbers that decide what is learned (`Training.options`), and how a scan is harmonized
+    #: (`take_options`), with their defaults; the card says what they are.
+    train_options: ClassVar[Mapping[str, float]] = {}
+    participant_options: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
@@ -282,6 +289,11 @@ class NeuralMethod(Method):
     @abstractmethod
     def place_on(self, device: str, threads: int) -> None:
         """Run on this device with this many CPU threads from now on."""
+
+    def take_options(self, options: Mapping[str, float]) -> None:
+        """Harmonize with these values of `participant_options` from now on."""
+        if options:
+            raise TypeError(f"{self.name} has no options of its own")
 
     def files(self) -> Mapping[str, bytes]:
         """Further files for the bundle, known right after `fit`: curves, pictures."""

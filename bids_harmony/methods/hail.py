@@ -21,6 +21,7 @@ from bids_harmony.methods.base import (
     preset_named,
 )
 from bids_harmony.methods.by_modality import ByModality
+from bids_harmony.methods.hail_losses import Weights
 from bids_harmony.methods.hail_part import (
     MOST_CHANGE,
     Drawing,
@@ -81,6 +82,7 @@ class Hail(ByModality[Part]):
 
     name: ClassVar[str] = "hail"
     by_example: ClassVar[bool] = True
+    train_options: ClassVar[Mapping[str, float]] = {"consistency": Weights.consistency}
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -270,7 +270,7 @@ def _train_transfer(
     training: Training,
 ) -> Trained:
     """The decoder alone; held-out scans go towards training scans of other sites."""
-    weights = Weights()
+    weights = replace(Weights(), **training.options)
 
     def loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
         return weighted(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bids_harmony.errors import UsageError
+from bids_harmony.methods.options import MethodOption, read_options
 
 if TYPE_CHECKING:
     from bids_harmony.methods.base import Method
@@ -71,6 +72,8 @@ class MethodCard:
         Python modules that are not installed with bids_harmony itself.
     install
         What to install when one of them is missing.
+    options
+        Numbers of its own that the user can set (``[[options]]`` tables).
     """
 
     name: str
@@ -94,6 +97,7 @@ class MethodCard:
     by_example: bool = False
     needs: tuple[str, ...] = ()
     install: str = ""
+    options: tuple[MethodOption, ...] = ()
 
 
 def read_card(text: str, source: str, *, target: str | None = None) -> MethodCard:
@@ -127,14 +131,18 @@ def read_card(text: str, source: str, *, target: str | None = None) -> MethodCar
     ):
         if names:
             raise UsageError(f"{source}: the method card {problem} {', '.join(sorted(names))}")
+    tables = content.pop("options", [])
     values = {key: _typed(value, known[key], f"{source}: {key}") for key, value in content.items()}
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{source}: options must be tables, each under [[options]]")
+    values["options"] = read_options(tables, source)
     if values["kind"] not in KINDS:
         raise UsageError(f"{source}: kind must be {' or '.join(KINDS)}, not {values['kind']!r}")
     card = MethodCard(**values)
     if (card.kind == "neural") != bool(card.presets):
         raise UsageError(f"{source}: presets are for neural methods, which have at least one")
-    if card.adapts and card.kind != "neural":
-        raise UsageError(f"{source}: only neural methods adapt to sites")
+    if (card.adapts or card.options) and card.kind != "neural":
+        raise UsageError(f"{source}: only neural methods adapt to sites or have options")
     return card
 
 
@@ -235,12 +243,14 @@ def load(name: str) -> type[Method]:
 
     if not (isinstance(found, type) and issubclass(found, Method)) or found.name != name:
         raise UsageError(f"{card.target} is not a harmonization method named {name!r}")
-    is_so: tuple[bool, bool, bool, tuple[str, ...]] = (False, False, False, ())
+    is_so: tuple[Any, ...] = (False, False, False, (), {})
     if issubclass(found, NeuralMethod):
-        is_so = (True, found.adapts, found.by_example, found.presets)
-    if is_so != (card.kind == "neural", card.adapts, card.by_example, card.presets):
+        own = {**found.train_options, **found.participant_options}
+        is_so = (True, found.adapts, found.by_example, found.presets, own)
+    said = {option.name: option.default for option in card.options}
+    if is_so != (card.kind == "neural", card.adapts, card.by_example, card.presets, said):
         raise UsageError(
-            f"{card.target} and its card differ in kind, adapts, by_example or presets; "
+            f"{card.target} and its card differ in kind, adapts, by_example, presets or options; "
             "repair the card"
         )
     return found
@@ -267,6 +277,19 @@ def methods_table() -> str:
         f"| {_yes(card.paired)} | {_yes(card.labels)} | {card.grid} | {_yes(card.monotone)} "
         f"| {_yes(card.adapts)} | {_yes(card.by_example)} |"
         for card in available().values()
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def options_table() -> str:
+    """Markdown table of the methods' own options, for the documentation."""
+    head = "| method | option | for | default | range | what it is |"
+    rows = [head, "|" + "---|" * (head.count("|") - 1)]
+    rows += [
+        f"| `{card.name}` | `{o.name}` | {o.level} | {o.default:g} | {o.minimum:g} to "
+        f"{o.maximum:g} | {o.summary} |"
+        for card in available().values()
+        for o in card.options
     ]
     return "\n".join(rows) + "\n"
 

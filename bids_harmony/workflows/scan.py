@@ -35,6 +35,7 @@ def model_inputs(target: Target, prep: Preprocessing) -> dict[str, Any]:
         "use_gpu": target.device != "cpu",
         "segmentation": str(by.path) if by else "",
         "segmentation_hash": by.sha256 if by else "",
+        "options": dict(target.options),
     }
 
 

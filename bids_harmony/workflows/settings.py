@@ -142,6 +142,8 @@ class Target:
         Stored adaptation by (site, modality).
     segmentation
         Network that bounds adaptations, if any.
+    options
+        Values of the method's own options for harmonizing a scan.
     """
 
     method: str
@@ -163,6 +165,7 @@ class Target:
     adapt_scans: int = ADAPT_SCANS
     adaptations: Mapping[tuple[str, str], AdaptTo] = field(default_factory=dict)
     segmentation: SegmentationFile | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def device_kind(self) -> str:
@@ -265,6 +268,7 @@ def scan_settings(
         "Reference": target.reference,
         "Device": target.device_kind,
         **({"Adapt": adapt.key} if target.adapt else {}),
+        **({"MethodOptions": dict(target.options)} if target.options else {}),
         "Site": scan.site,
         "SiteSource": scan.site_source,
         "GivenMask": "" if own_mask(given, place.out_dir) else _named(given, "mask", given.mask),

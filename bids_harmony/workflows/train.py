@@ -131,7 +131,11 @@ def fit_reference(
                 model.place_on(training.device, training.threads)
                 model = model.towards(wanted, seed=job.prep.seed)
         meta["scores"] |= model.scores()
-        meta["training"] = {"preset": training.preset, "device": training.device}
+        meta["training"] = {
+            "preset": training.preset,
+            "device": training.device,
+            **({"options": dict(training.options)} if training.options else {}),
+        }
         save_bundle(folder, model, meta=meta, files=files)
     return folder, outcomes
 
@@ -224,6 +228,7 @@ def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing, networks
     ]
     words = [fit.method, fit.training.preset, prep.seed, __version__, parts]
     words += [networks] if networks else []
+    words += [dict(fit.training.options)] if fit.training.options else []
     digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     return f"{fit.method}-{digest}"
 
