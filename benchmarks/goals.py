@@ -28,6 +28,8 @@ class Goal:
         A trial whose score under the same condition is added to `limit`.
     paper
         A trial whose score in the paper, under the same condition, is added to `limit`.
+    conditions
+        The only ones it is for; empty for all.
     """
 
     words: str
@@ -36,6 +38,7 @@ class Goal:
     floor: bool = True
     above: str | None = None
     paper: str | None = None
+    conditions: tuple[str, ...] = ()
 
 
 def render_goals(
@@ -68,7 +71,8 @@ def render_goals(
 
     lines = [f"| goal | {' | '.join(present)} |", f"|---|{'---|' * len(present)}"]
     for goal in goals:
-        gaps = [{c: _gap(goal, method, c, score, paper) for c in conditions} for method in present]
+        its = [c for c in conditions if not goal.conditions or c in goal.conditions]
+        gaps = [{c: _gap(goal, method, c, score, paper) for c in its} for method in present]
         lines.append(f"| {goal.words} | {' | '.join(_verdict(found) for found in gaps)} |")
     worse = [row.method for row, _ in below_input(rows, *judge)]
     cells = []

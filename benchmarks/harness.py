@@ -9,9 +9,7 @@ the work folder. A row that is there for the same model is not computed again.
 from __future__ import annotations
 
 import json
-import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -27,31 +25,29 @@ from numpy.typing import NDArray
 
 from benchmarks.goals import Goal
 from benchmarks.rows import TIMES, Row, Rows, facts
-from bids_harmony.bids.find import find_scans
+from benchmarks.trials import (
+    DIGITS,
+    MODALITY,
+    Trial,
+    forget_models,
+    harmonized,
+    letters,
+    model_for,
+    note,
+    scans_of,
+    timings,
+)
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import write_json
-from bids_harmony.config import ADAPTED
 from bids_harmony.errors import ExitCode, HarmonyError, MissingInputError, UsageError
 from bids_harmony.imaging.conform import conform
-from bids_harmony.imaging.scale import IntensityScale, fit_scale, median_scale
+from bids_harmony.imaging.scale import fit_scale
 from bids_harmony.interfaces.ants_functions import divide_by_bias
 from bids_harmony.methods.bundle import is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 
 FloatArray = NDArray[np.float32]
-MODALITY = "T1w"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A method with the settings it is tried with; `method` None leaves the scans as they are."""
-
-    label: str
-    method: str | None
-    train: tuple[str, ...] = ()
-    participant: tuple[str, ...] = ()
-    neural: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Case:
-    """What gives one row: the scans to harmonize, and what they are compared with."""
+    """What gives one row: the scans to harmonize, and what they are compared with.
+
+    `to` is the site whose appearance they get; empty for the cohort's reference.
+    """
 
     condition: str
     name: str
     person: str
     scans: tuple[Scan, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    to: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,9 @@ class Prepared:
         data, _ = self.corrected(scan)
         return fit_scale(data, self.mask(scan), "robust", name=scan.stem).apply(data)
 
-    def reference_scale(self) -> IntensityScale:
-        """Median robust scale of the training scans: the units of every output."""
-        path = self._trained / "reference_scale.json"
-        if not path.is_file():
-            scales = [
-                fit_scale(self.corrected(s)[0], self.mask(s), "robust", name=s.stem)
-                for s in scans_of(self.cohort.bids_dir, self.cohort.training)
-                if s.site == self.cohort.reference
-            ]
-            write_json(path, median_scale(scales).to_dict())
-        return IntensityScale.from_dict(json.loads(path.read_text()))
+    def read(self, path: Path) -> FloatArray:
+        """Voxels of an image."""
+        return read(path)[0]
 
     def run(self, level: str, *arguments: str) -> tuple[float, float]:
         """Run the command line; wall seconds, and processor seconds of it and its children.
@@ -219,27 +211,6 @@ def read(path: Path) -> tuple[FloatArray, NDArray[Any]]:
     """Image as float32, and its affine."""
     image = nb.load(path)
     return np.asarray(image.dataobj, dtype=np.float32), image.affine  # type: ignore[attr-defined]
-
-
-def scans_of(bids_dir: Path, participants: Sequence[str]) -> list[Scan]:
-    """T1w scans of participants.
-
-    Raises
-    ------
-    UsageError
-        If one of their scans cannot be used.
-    """
-    scans, problems = find_scans(
-        bids_dir,
-        participants=list(participants),
-        sessions=None,
-        modalities=(MODALITY,),
-        filters={},
-        site_from=None,
-    )
-    if problems:
-        raise UsageError(problems[0].message)
-    return scans
 
 
 def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Settings) -> Rows:
@@ -288,14 +259,12 @@ def _same_settings(path: Path, settings: Settings) -> None:
 def forget(table: Table, labels: Sequence[str], work: Path) -> None:
     """Remove rows, models, adaptations and outputs of trials, so that they are made again."""
     folder = work / table.name
+    forget_models(folder / "out" / "models", labels)
     for label in labels:
-        models = folder / "out" / "models"
-        for made in (models / label, *models.glob(f"{ADAPTED}/{label}-*")):
-            shutil.rmtree(made, ignore_errors=True)
-        desc = _letters(label)
+        desc = letters(label) + "?" * DIGITS
         for path in [
             *folder.glob(f"out/logs/desc-{desc}*"),
-            *folder.glob(f"out/**/*_desc-{desc}*"),
+            *folder.glob(f"out/**/*_desc-{desc}_*"),
         ]:
             path.unlink()
     rows = Rows(folder / "rows.csv", [c.name for c in table.columns])
@@ -314,31 +283,45 @@ def _preprocess(table: Table, prep: Prepared) -> None:
         "participant", "--level", "minimal", "--participant-label", *wanted, *table.options
     )
     count = done.count(False)
-    _note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
+    note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
 
 
 def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:
-    digest = ""
-    result: View = prep.scaled
-    cases = prep.cohort.cases
-    if trial.method is not None:
-        digest = _train(table, trial, prep)
-        if all(rows.has(trial.label, case, digest) for case in cases):
-            return
-        result = _harmonize(table, trial, digest, prep)
-    timing = _timings(prep.folder).get(trial.label, {})
-    for case in cases:
-        if rows.has(trial.label, case, digest):
-            continue
-        print(f"{table.name}: {trial.label}, {case.condition}, {case.name}", flush=True)
-        scores, status = _score(table, case, result, prep)
-        known = {
-            **facts(prep.settings.seed, prep.settings.device),
-            "model": digest[:12],
-            **{k: timing.get(k, "") for k in TIMES},
-        }
-        row = Row(trial.label, case.condition, case.name, case.person, status, scores, known)
-        rows.add(row)
+    """By reference: make the model, harmonize, score."""
+    by_reference: dict[str, list[Case]] = {}
+    for case in trial.cases(prep.cohort):
+        by_reference.setdefault(case.to or prep.cohort.reference, []).append(case)
+    for to, cases in by_reference.items():
+        digest, result = "", prep.scaled
+        if trial.method is not None:
+            bundle = model_for(table, trial, to, prep)
+            digest = load_bundle(bundle).hash
+            if all(rows.has(trial.label, case, digest) for case in cases):
+                continue
+            result = harmonized(table, trial, bundle, cases, prep)
+        for case in cases:
+            if not rows.has(trial.label, case, digest):
+                _add_row(table, trial, case, digest, result, prep, rows)
+
+
+def _add_row(
+    table: Table,
+    trial: Trial,
+    case: Case,
+    digest: str,
+    result: View,
+    prep: Prepared,
+    rows: Rows,
+) -> None:
+    print(f"{table.name}: {trial.label}, {case.condition}, {case.name}", flush=True)
+    timing = timings(prep.folder).get(trial.label, {})
+    scores, status = _score(table, case, result, prep)
+    known = {
+        **facts(prep.settings.seed, prep.settings.device),
+        "model": digest[:12],
+        **{k: timing.get(k, "") for k in TIMES},
+    }
+    rows.add(Row(trial.label, case.condition, case.name, case.person, status, scores, known))
 
 
 def _score(table: Table, case: Case, result: View, prep: Prepared) -> tuple[dict[str, float], str]:
@@ -346,59 +329,3 @@ def _score(table: Table, case: Case, result: View, prep: Prepared) -> tuple[dict
         return table.score(case, result, prep), "ok"
     except FileNotFoundError as error:
         return {}, f"no output ({Path(str(error.filename or error)).name})"
-
-
-def _train(table: Table, trial: Trial, prep: Prepared) -> str:
-    """Fit the trial's model unless it exists; its hash."""
-    folder = prep.model(trial.label)
-    if not is_bundle(folder):
-        print(f"{table.name}: training {trial.label}", flush=True)
-        limit = prep.settings.minutes if trial.neural else None
-        more = (*trial.train, *(("--max-time", str(limit)) if limit else ()))
-        wall, cpu = prep.run(
-            "train", "--method", str(trial.method), "--reference", prep.cohort.reference,
-            "--name", trial.label, "--participant-label", *prep.cohort.training,
-            *_device(trial, prep), *table.options, *more,
-        )  # fmt: skip
-        _note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
-    return load_bundle(folder).hash
-
-
-def _harmonize(table: Table, trial: Trial, digest: str, prep: Prepared) -> View:
-    """Harmonize the cases' scans; how to read a result."""
-    desc = f"{_letters(trial.label)}{digest[:8]}"
-    scans = {s.stem: s for case in prep.cohort.cases for s in case.scans}
-    paths = {k: derivative_path(prep.out_dir, s, desc=desc) for k, s in scans.items()}
-    missing = [k for k, path in paths.items() if not path.is_file()]
-    if missing:
-        print(f"{table.name}: harmonizing {len(missing)} scans with {trial.label}", flush=True)
-        wall, cpu = prep.run(
-            "participant", "--model", str(prep.model(trial.label)), "--desc", desc,
-            "--output-spaces", "native",
-            "--participant-label", *sorted({scans[k].subject for k in missing}),
-            *_device(trial, prep), *table.options, *trial.participant,
-        )  # fmt: skip
-        count = len(missing)
-        _note(prep.folder, trial.label, seconds=wall / count, cpu_seconds=cpu / count)
-    scale = prep.reference_scale()
-    return lambda scan: scale.apply(read(paths[scan.stem])[0])
-
-
-def _device(trial: Trial, prep: Prepared) -> tuple[str, ...]:
-    return ("--device", prep.settings.device) if trial.neural else ()
-
-
-def _letters(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", label)
-
-
-def _timings(folder: Path) -> dict[str, dict[str, float]]:
-    path = folder / "timings.json"
-    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
-def _note(folder: Path, label: str, **seconds: float) -> None:
-    known = _timings(folder)
-    known.setdefault(label, {}).update({k: round(v, 2) for k, v in seconds.items()})
-    write_json(folder / "timings.json", known)

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 
 from benchmarks.data import need
-from benchmarks.harness import scans_of
 from benchmarks.out_of_domain import METHODS, preprocessed
 from benchmarks.page import write_plain_page
+from benchmarks.trials import scans_of
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.methods.flow_method import FlowMethod

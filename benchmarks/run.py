@@ -13,10 +13,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from benchmarks.harness import Settings, Trial, forget, run_table
+from benchmarks.harness import Settings, forget, run_table
 from benchmarks.page import write_page
 from benchmarks.rows import Rows
 from benchmarks.tables import TABLES, TRIALS
+from benchmarks.trials import Trial
 from bids_harmony.errors import HarmonyError
 from bids_harmony.methods.registry import available
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import Table, Trial
+from benchmarks.harness import Table
+from benchmarks.tables import by_example
 from benchmarks.tables.blindharmony import BlindHarmony
 from benchmarks.tables.real_pair import RealPair
-from benchmarks.tables.travelling import ByExample, Travelling
+from benchmarks.tables.travelling import Travelling
+from benchmarks.trials import Trial
 
 TABLES: dict[str, Table] = {
-    t.name: t for t in (BlindHarmony(), Travelling(), RealPair(), ByExample())
+    t.name: t for t in (BlindHarmony(), Travelling(), RealPair(), by_example.ByExample())
 }
-_BOTH = ("--preset", "cpu", "--modality", "T1w", "T2w")
-
 TRIALS: dict[str, Trial] = {
     t.label: t
     for t in (
@@ -23,8 +23,6 @@ TRIALS: dict[str, Trial] = {
         Trial("wm-peak", "wm-peak"),
         Trial("harmonizing-flows", "harmonizing-flows", ("--preset", "cpu"), neural=True),
         Trial("blindharmony", "blindharmony", ("--preset", "cpu"), neural=True),
-        Trial("hail", "hail", ("--preset", "cpu"), neural=True),
-        Trial("calamiti", "calamiti", _BOTH, neural=True),
-        Trial("dewey2020", "dewey2020", _BOTH, neural=True),
+        *by_example.TRIALS,
     )
 }

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, scans_of
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View
 from benchmarks.scoring import anatomy, jumps, similarity, whole_field
+from benchmarks.trials import scans_of
 from bids_harmony.bids.write import save_nifti
 
 SITE = "novosibirsk"

@@ -56,6 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="white-matter hyperintensities that grow with age, in this share of the subjects "
         "[without a value: in all]",
     )
+    add(
+        "--truths",
+        nargs="+",
+        default=["mprage3"],
+        metavar="NAME",
+        help="sites in whose contrast each scan's truth is written, beside its own [mprage3]",
+    )
     add("--random-seed", type=int, default=0, metavar="S", help="same seed, same files [0]")
     add("--workers", type=int, default=1, metavar="N", help="processes [1]")
     add("-v", "--verbose", action="store_true", help="say what is being written")
@@ -91,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             lesions=options.lesions,
             seed=options.random_seed,
             workers=options.workers,
+            truths=options.truths,
         )
     except HarmonyError as error:
         print(f"bids_harmony-phantom: {error}", file=sys.stderr)

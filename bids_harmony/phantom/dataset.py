@@ -59,6 +59,7 @@ def write_phantom(
     seed: int = 0,
     workers: int = 1,
     first: int = 1,
+    truths: Sequence[str] = (REFERENCE,),
 ) -> Path:
     """Simulate travelling subjects and write them as BIDS.
 
@@ -84,6 +85,8 @@ def write_phantom(
         Processes.
     first
         Number of the first subject.
+    truths
+        Sites in whose contrast the truth of every scan is written, beside that of its own.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def write_phantom(
     OutputError
         The folder cannot be written.
     """
-    chosen = get_sites(tuple(sites))
+    chosen, wanted = get_sites(tuple(sites)), get_sites(tuple(truths))
     _check(subjects, modalities, travelling, resolution, float(lesions), workers, first)
     _prepare(bids_dir)
     indices = range(first, first + subjects)
@@ -109,6 +112,7 @@ def write_phantom(
             sites_of(person.index, chosen, travelling),
             tuple(modalities),
             resolution,
+            wanted,
         )
         for person in people
     ]
@@ -221,11 +225,11 @@ def write_subject(
     sites: Sequence[Site],
     modalities: Sequence[str],
     resolution: float | None,
+    truths: Sequence[Site],
 ) -> None:
     """Simulate one subject at the given sites and write every file of it."""
     spacing = 2.0 if resolution is not None and resolution >= 2 else 1.0
     anatomy = build_anatomy(person, spacing)
-    reference = all_sites()[REFERENCE]
     subject = f"sub-{person.label}"
     write_tsv(
         bids_dir / subject / f"{subject}_sessions.tsv",
@@ -235,7 +239,7 @@ def write_subject(
     for site in sites:
         for modality in modalities:
             LOGGER.info("%s: %s at %s", subject, modality, site.name)
-            contrasts = {reference.name: reference, site.name: site}
+            contrasts = {other.name: other for other in (*truths, site)}
             scan = acquire(anatomy, person, site, modality, contrasts, resolution)
             _write_scan(bids_dir, person, site, modality, scan)
             _write_truth(bids_dir, person, site, modality, scan)

@@ -1,0 +1,260 @@
+"""A method with settings: the models that it needs, and what they make of a table's scans."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bids_harmony.bids.find import find_scans
+from bids_harmony.bids.names import derivative_path
+from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.write import write_json
+from bids_harmony.config import ADAPTED
+from bids_harmony.errors import MissingInputError, UsageError
+from bids_harmony.methods.bundle import is_bundle, load_bundle
+from bids_harmony.methods.registry import available
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Case, Cohort, Prepared, Table, View
+
+MODALITY = "T1w"
+#: Of a model's hash in a file name.
+DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method with the settings it is tried with; `method` None leaves the scans as they are.
+
+    Attributes
+    ----------
+    label
+        Name in the table, and of the model.
+    train, participant
+        More options of the command line.
+    neural
+        Whether device and time limit matter to it.
+    sites
+        Sites whose training scans it sees; empty for all of the cohort.
+    one_example
+        Methods by example: the wanted appearance is that of one training scan of the site, not of
+        all of them.
+    networks_of
+        Label of the trial whose networks it takes, instead of a training of its own.
+    adapt_to
+        Site with whose training scans those networks are trained on.
+    conditions
+        The only ones it is tried with; empty for all.
+    """
+
+    label: str
+    method: str | None
+    train: tuple[str, ...] = ()
+    participant: tuple[str, ...] = ()
+    neural: bool = False
+    sites: tuple[str, ...] = ()
+    one_example: bool = False
+    networks_of: str = ""
+    adapt_to: str = ""
+    conditions: tuple[str, ...] = ()
+
+    @property
+    def by_example(self) -> bool:
+        """Whether one training serves for several references."""
+        return self.method is not None and available()[self.method].by_example
+
+    def cases(self, cohort: Cohort) -> list[Case]:
+        """Those that it is tried with."""
+        return [c for c in cohort.cases if not self.conditions or c.condition in self.conditions]
+
+
+def scans_of(bids_dir: Path, participants: Sequence[str]) -> list[Scan]:
+    """T1w scans of participants.
+
+    Raises
+    ------
+    UsageError
+        If one of their scans cannot be used.
+    """
+    scans, problems = find_scans(
+        bids_dir,
+        participants=list(participants),
+        sessions=None,
+        modalities=(MODALITY,),
+        filters={},
+        site_from=None,
+    )
+    if problems:
+        raise UsageError(problems[0].message)
+    return scans
+
+
+def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
+    """Bundle that leads a trial's scans to a reference; made unless it exists.
+
+    Raises
+    ------
+    MissingInputError
+        If another table, or another trial, should have made it.
+    """
+    if not trial.by_example:
+        folder = prep.model(_name(trial.label, to, prep.cohort.reference))
+        if not is_bundle(folder):
+            people = _training(trial, prep, only=to)
+            _train(table, trial, folder, prep, to, people)
+        return folder
+    home = _home(trial, prep.cohort)
+    networks = prep.model(trial.networks_of or trial.label)
+    if not is_bundle(networks):
+        if trial.networks_of:
+            raise MissingInputError(f"{networks} does not exist; try {trial.networks_of} first")
+        _train(table, trial, networks, prep, home, _training(trial, prep))
+    if to != home or trial.one_example:
+        networks = _towards(table, trial, networks, to, prep)
+    return _adapted(table, trial, networks, to, prep) if trial.adapt_to else networks
+
+
+def _home(trial: Trial, cohort: Cohort) -> str:
+    """The reference that a method by example is trained with."""
+    seen = not trial.sites or cohort.reference in trial.sites
+    return cohort.reference if seen else trial.sites[0]
+
+
+def _name(label: str, to: str, home: str) -> str:
+    return label if to == home else f"{label}-to-{to}"
+
+
+def _towards(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared) -> Path:
+    """The networks with another reference, shown by training scans of the cohort alone."""
+    suffix = "-by-one" if trial.one_example else ""
+    folder = prep.model(f"{networks.name}-to-{to}{suffix}")
+    if not is_bundle(folder):
+        people = _training(trial, prep, only=to, anywhere=True)
+        shown = people[0] if trial.one_example else to
+        wanted = people[:1] if trial.one_example else people
+        prep.run(
+            "train", "--model", str(networks), "--reference", shown, "--name", folder.name,
+            "--participant-label", *wanted, *_device(trial, prep), *table.options,
+        )  # fmt: skip
+    return folder
+
+
+def _adapted(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared) -> Path:
+    """The networks, trained on with the training scans of a new site."""
+    folder = prep.model(f"{trial.label}-to-{to}")
+    if not is_bundle(folder):
+        people = _training(trial, prep, only=trial.adapt_to, anywhere=True)
+        print(f"{table.name}: training {trial.label} on", flush=True)
+        modalities = trial.train[trial.train.index("--modality") :]
+        wall, cpu = prep.run(
+            "train", "--model", str(networks), "--adapt-to", trial.adapt_to,
+            "--name", folder.name, "--participant-label", *people, *modalities,
+            *_device(trial, prep), *table.options, *_limit(trial, prep),
+        )  # fmt: skip
+        note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
+    return folder
+
+
+def _training(
+    trial: Trial, prep: Prepared, *, only: str = "", anywhere: bool = False
+) -> list[str]:
+    """Participants to learn from: of the trial's sites (or, with `anywhere`, of all), or of one.
+
+    Raises
+    ------
+    MissingInputError
+        If there is none.
+    """
+    cohort = prep.cohort
+    found = [
+        scan.subject
+        for scan in scans_of(cohort.bids_dir, cohort.training)
+        if (anywhere or not trial.sites or scan.site in trial.sites)
+        and (not only or scan.site == only)
+    ]
+    if not found:
+        raise MissingInputError(f"{trial.label}: the cohort has no training scan of {only}")
+    return sorted(set(found))
+
+
+def _train(
+    table: Table,
+    trial: Trial,
+    folder: Path,
+    prep: Prepared,
+    reference: str,
+    people: Sequence[str],
+) -> None:
+    print(f"{table.name}: training {folder.name}", flush=True)
+    wall, cpu = prep.run(
+        "train", "--method", str(trial.method), "--reference", reference,
+        "--name", folder.name, "--participant-label", *people,
+        *_device(trial, prep), *table.options, *trial.train, *_limit(trial, prep),
+    )  # fmt: skip
+    note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
+
+
+def harmonized(
+    table: Table, trial: Trial, bundle: Path, cases: Sequence[Case], prep: Prepared
+) -> View:
+    """Harmonize the scans of cases that all go to one reference; how to read a result."""
+    loaded = load_bundle(bundle)
+    desc = f"{letters(trial.label)}{loaded.hash[:DIGITS]}"
+    scans = {s.stem: s for case in cases for s in case.scans}
+    paths = {k: derivative_path(prep.out_dir, s, desc=desc) for k, s in scans.items()}
+    missing = [k for k, path in paths.items() if not path.is_file()]
+    if missing:
+        print(f"{table.name}: harmonizing {len(missing)} scans with {bundle.name}", flush=True)
+        sessions = sorted({scans[k].session or "" for k in missing} - {""})
+        wall, cpu = prep.run(
+            "participant", "--model", str(bundle), "--desc", desc,
+            "--output-spaces", "native",
+            "--participant-label", *sorted({scans[k].subject for k in missing}),
+            *(("--session-label", *sessions) if sessions else ()),
+            *_device(trial, prep), *table.options, *trial.participant,
+        )  # fmt: skip
+        count = len(missing)
+        note(prep.folder, trial.label, seconds=wall / count, cpu_seconds=cpu / count)
+    scale = loaded.output_scale[MODALITY]
+    return lambda scan: scale.apply(prep.read(paths[scan.stem]))
+
+
+def forget_models(models: Path, labels: Iterable[str]) -> None:
+    """Remove the models and adaptations of trials."""
+    for label in labels:
+        own = (models / label, *models.glob(f"{label}-to-*"))
+        for made in (*own, *models.glob(f"{ADAPTED}/{label}-*")):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def letters(label: str) -> str:
+    """A label as it may stand in a file name's entity."""
+    return re.sub(r"[^A-Za-z0-9]", "", label)
+
+
+def timings(folder: Path) -> dict[str, dict[str, float]]:
+    """Seconds by label, as far as they were noted."""
+    path = folder / "timings.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def note(folder: Path, label: str, **seconds: float) -> None:
+    """Keep seconds of a label."""
+    known = timings(folder)
+    known.setdefault(label, {}).update({k: round(v, 2) for k, v in seconds.items()})
+    write_json(folder / "timings.json", known)
+
+
+def _limit(trial: Trial, prep: Prepared) -> tuple[str, ...]:
+    limit = prep.settings.minutes if trial.neural else None
+    return ("--max-time", str(limit)) if limit else ()
+
+
+def _device(trial: Trial, prep: Prepared) -> tuple[str, ...]:
+    return ("--device", prep.settings.device) if trial.neural else ()
