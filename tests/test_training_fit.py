@@ -292,3 +292,65 @@ def test_half_precision_is_used_where_the_processor_has_it():
     """PyTorch says yes to processors, too, on which it imitates bfloat16 at twice the time."""
     flags = Path("/proc/cpuinfo").read_text().split()
     assert fit._fast_half("cpu") == bool({"avx512_bf16", "amx_bf16"} & set(flags))
+
+
+class Game(torch.nn.Module):
+    """A guess that follows a target, and a judge that follows the guess."""
+
+    def __init__(self):
+        super().__init__()
+        self.guess = torch.nn.Parameter(torch.zeros(()))
+        self.judge = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.judge.weight)
+
+
+def play(folder=None, seed=0, on_draw=None, plan=PLAN):
+    game, drawn, grads = Game(), [], []
+
+    def draw(generator):
+        drawn.append(float(torch.rand((), generator=generator)))
+        if on_draw == len(drawn):
+            raise RuntimeError("killed")
+        return torch.tensor(drawn[-1])
+
+    def loss(batch, generator):
+        grads.append(game.judge.weight.requires_grad)
+        return (game.guess - 2).square() + 0 * (game.judge.weight.sum() + batch)
+
+    def against(batch, generator):
+        return (game.judge.weight.squeeze() - 3 * game.guess.detach()).square() + 0 * batch
+
+    adversary = fit.Adversary(game.judge, against, steps=3, rate=0.2)
+    run = train_network(
+        game, name="game", draw=draw, loss=loss, held_out=lambda: float((game.guess - 2).abs().detach()),
+        plan=plan, seed=seed, device="cpu", folder=folder, adversary=adversary,
+    )  # fmt: skip
+    return game, run, drawn, grads
+
+
+def test_an_adversary_has_turns_batches_and_a_rate_of_its_own():
+    game, run, drawn, grads = play()
+    assert run.steps == PLAN.steps
+    assert len(drawn) == len(set(drawn)) == 4 * PLAN.steps
+    assert not any(grads), "the judge must not be moved by the loss of the rest"
+    assert float(game.guess.detach()) == pytest.approx(2, abs=0.05)
+    assert float(game.judge.weight.detach()) == pytest.approx(6, abs=0.5)
+    assert game.judge.weight.requires_grad
+
+
+def test_a_killed_game_goes_on(tmp_path):
+    whole, run, *_ = play()
+    with pytest.raises(RuntimeError, match="killed"):
+        play(tmp_path, on_draw=4 * 50)
+    again, resumed, drawn, _ = play(tmp_path)
+    assert len(drawn) == 4 * (PLAN.steps - 40), "from the last checkpoint"
+    assert resumed.curve == run.curve
+    assert float(again.judge.weight) == float(whole.judge.weight)
+
+
+def test_weight_decay_pulls_to_zero():
+    from dataclasses import replace
+
+    plain, *_ = play()
+    decayed, *_ = play(plan=replace(PLAN, weight_decay=0.5))
+    assert float(decayed.guess) < float(plain.guess) - 0.05

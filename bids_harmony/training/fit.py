@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Plan:
         Time limit, of all sittings of a resumed training together; None for none.
     half
         Use bfloat16 for convolutions where the device is fast at it.
+    weight_decay
+        Of Adam.
     """
 
     steps: int
@@ -58,10 +61,33 @@ class Plan:
     clip: float = 1.0
     minutes: float | None = None
     half: bool = True
+    weight_decay: float = 0.0
 
     def with_limit(self, minutes: float | None) -> Plan:
         """The same plan with a time limit; None leaves its own."""
         return self if minutes is None else replace(self, minutes=minutes)
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A part of the network that is trained against the rest of it, in turns.
+
+    Attributes
+    ----------
+    part
+        Its parameters are moved by `loss` alone, the others by the training's loss alone.
+    loss
+        Of a batch; the generator is on the network's device.
+    steps
+        How many it takes before each step of the rest, every one with a batch of its own.
+    rate
+        Learning rate of its Adam; it falls as the plan's does.
+    """
+
+    part: nn.Module
+    loss: Callable[[Any, torch.Generator], Tensor]
+    steps: int = 1
+    rate: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,7 @@ def train_network(
     seed: int,
     device: str,
     folder: Path | None,
+    adversary: Adversary | None = None,
 ) -> Trained:
     """Train a network in place; it ends in the state with the lowest held-out score.
 
@@ -121,13 +148,15 @@ def train_network(
         ``cpu``, ``cuda`` or ``cuda:N``. Training uses one GPU.
     folder
         For checkpoints: a training that was killed goes on from the last one. None for none.
+    adversary
+        A discriminator in the network, if it has one.
 
     Raises
     ------
     HarmonyError
         If the loss is no longer finite, or no held-out score ever was.
     """
-    module = _Module(network, name, draw, loss, held_out, plan, seed)
+    module = _Module(network, name, draw, loss, held_out, plan, seed, adversary)
     stop = EarlyStopping("held_out", patience=plan.patience, check_finite=False)
     timer = Timer(timedelta(minutes=plan.minutes) if plan.minutes else None, interval="step")
     module.timer = timer
@@ -212,15 +241,18 @@ class _Draws(Dataset[Any]):
     """The batches of one epoch; each has its own generator, so that any of them can be redrawn."""
 
     def __init__(
-        self, draw: Callable[[torch.Generator], Any], seed: int, first: int, count: int
+        self, draw: Callable[[torch.Generator], Any], seed: int, first: int, count: int, turns: int
     ) -> None:
         self._draw, self._seed, self._first, self._count = draw, seed, first, count
+        self._turns = turns
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
-        return self._draw(_generator(self._seed, self._first + index))
+    def __getitem__(self, index: int) -> list[Any]:
+        """A batch for every turn of a step."""
+        generator = _generator(self._seed, self._first + index)
+        return [self._draw(generator) for _ in range(self._turns)]
 
 
 def _generator(seed: int, step: int, device: Any = "cpu") -> torch.Generator:
@@ -268,10 +300,11 @@ class _Module(lightning.LightningModule):
         held_out: Callable[[], float],
         plan: Plan,
         seed: int,
+        adversary: Adversary | None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.network = network
+        self.network, self._adversary = network, adversary
         self.timer = Timer()
         self.keeper = _Keeper()
         self._draw, self._loss, self._held_out = draw, loss, held_out
@@ -283,30 +316,58 @@ class _Module(lightning.LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         first = self.current_epoch * self._plan.every
         count = min(self._plan.every, self._plan.steps - first)
-        return DataLoader(_Draws(self._draw, self._seed, first, count), batch_size=None)
+        turns = 1 + (self._adversary.steps if self._adversary else 0)
+        return DataLoader(_Draws(self._draw, self._seed, first, count, turns), batch_size=None)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.network.parameters(), self._plan.rate, betas=(0.9, 0.99))
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        against = list(self._adversary.part.parameters()) if self._adversary else []
+        apart = {id(parameter) for parameter in against}
+        own = [p for p in self.network.parameters() if id(p) not in apart]
+        groups = [(own, self._plan.rate)]
+        if self._adversary:
+            groups.append((against, self._adversary.rate))
+        decay = self._plan.weight_decay
+        return [
+            torch.optim.Adam(parameters, rate, betas=(0.9, 0.99), weight_decay=decay)
+            for parameters, rate in groups
+        ]
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batches: list[Any], batch_idx: int) -> None:
         step = self.current_epoch * self._plan.every + batch_idx
-        optimizer: Any = self.optimizers()
-        for group in optimizer.param_groups:
-            group["lr"] = self._rate(step)
+        found: Any = self.optimizers()
+        own, *others = found if isinstance(found, list) else [found]
+        source = _generator(self._seed + 1, step, self.device)
+        if self._adversary:
+            rate = self._rate(step, self._adversary.rate)
+            for batch in batches[:-1]:
+                self._move(others[0], rate, partial(self._adversary.loss, batch, source))
+            self._adversary.part.requires_grad_(False)
+        loss = self._move(own, self._rate(step), partial(self._loss, batches[-1], source))
+        if self._adversary:
+            self._adversary.part.requires_grad_(True)
+        if loss is not None:
+            self.taken += 1
+            self._sum, self._count = self._sum + loss, self._count + 1
+
+    def _move(self, optimizer: Any, rate: float, loss_of: Callable[[], Tensor]) -> float | None:
+        """One step of an optimizer; its loss, or None if it was not finite and left out."""
         before = [buffer.clone() for buffer in self.network.buffers()]
-        loss = self._loss(batch, _generator(self._seed + 1, step, self.device))
+        parameters = []
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            parameters += group["params"]
+        loss = loss_of()
         optimizer.zero_grad()
         self.manual_backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self._plan.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self._plan.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             for buffer, old in zip(self.network.buffers(), before, strict=True):
                 buffer.copy_(old)  # running statistics, which the forward pass has changed
             self._reject()
-            return
+            return None
         self._in_a_row = 0
         optimizer.step()
-        self.taken += 1
-        self._sum, self._count = self._sum + float(loss.detach()), self._count + 1
+        return float(loss.detach())
 
     def _reject(self) -> None:
         self.rejected += 1
@@ -317,13 +378,14 @@ class _Module(lightning.LightningModule):
                 "scans for artefacts, or train with another --random-seed"
             )
 
-    def _rate(self, step: int) -> float:
+    def _rate(self, step: int, highest: float | None = None) -> float:
+        """Learning rate of a step, of the plan's or another highest rate."""
         warm = min(1.0, (step + 1) / 50)
         part = step / max(self._plan.steps, 1)
         if self._plan.minutes:  # a limited training ends with small steps too
             part = max(part, self.timer.time_elapsed() / (60 * self._plan.minutes))
         fall = 0.5 + 0.5 * math.cos(math.pi * min(part, 1.0))
-        return self._plan.rate * warm * max(fall, 1e-3)
+        return (highest or self._plan.rate) * warm * max(fall, 1e-3)
 
     def on_train_epoch_end(self) -> None:
         self.network.eval()
