@@ -155,11 +155,13 @@ def test_subjects_that_do_not_travel_have_one_site_in_turn():
     assert sites_of(9, sites, None) == sites
 
 
-def test_resolution_keeps_the_ratio_of_the_edges():
+def test_resolution_keeps_the_ratio_of_the_edges_but_makes_no_slice_thicker():
     protocol = all_sites()["thick15"].protocols["T1w"]
     voxel, scale = voxel_size(protocol, 1.8)
-    np.testing.assert_allclose(voxel, [1.8, 1.8, 9.0])
+    np.testing.assert_allclose(voxel, [1.8, 1.8, 4.5])
     assert scale == pytest.approx(2)
+    np.testing.assert_allclose(voxel_size(all_sites()["spgr15"].protocols["T1w"], 2)[0], [2, 2, 3])
+    np.testing.assert_allclose(voxel_size(protocol, 0.8)[0], [0.8, 0.8, 4.0])
     np.testing.assert_array_equal(voxel_size(protocol, None)[0], protocol.voxel)
 
 

@@ -286,9 +286,14 @@ def _store(image: FloatArray, dtype: str) -> tuple[NDArray[np.generic], float]:
 
 
 def voxel_size(protocol: Protocol, resolution: float | None) -> tuple[FloatArray, float]:
-    """Voxel size (mm), smallest edge ``resolution``, and its ratio to the protocol's own."""
+    """Voxel size (mm), smallest edge ``resolution``, and its ratio to the protocol's own.
+
+    Slices thicker than `resolution` are not made thicker: nobody acquires them so.
+    """
     voxel = np.array(protocol.voxel, dtype=float)
     scale = 1.0 if resolution is None else resolution / float(voxel.min())
+    if resolution is not None and scale > 1:
+        return np.where(voxel > resolution, voxel, voxel * scale), scale
     return voxel * scale, scale
 
 
@@ -313,7 +318,8 @@ def acquire(
     contrasts
         Sites whose contrast is wanted as truth on this scan's grid, by name.
     resolution
-        Smallest voxel edge, mm; None for the protocol's own. The ratio of the edges is kept.
+        Smallest voxel edge, mm; None for the protocol's own. The ratio of the edges is kept,
+        but slices do not become thicker than it and the protocol's own.
 
     Returns
     -------
