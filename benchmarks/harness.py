@@ -9,6 +9,7 @@ the work folder. A row that is there for the same model is not computed again.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -182,7 +183,7 @@ class Prepared:
         HarmonyError
             If it could not run as a whole; its log is named. Single scans may fail.
         """
-        log = self.folder / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}_{level}.txt"
+        log = self.folder / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}_{level}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "bids_harmony", str(self.cohort.bids_dir), str(self.out_dir),
