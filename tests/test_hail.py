@@ -20,7 +20,7 @@ from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.hail import Hail, _learnable  # noqa: E402
 from bids_harmony.methods.hail_losses import Weights, transfer, weighted  # noqa: E402
-from bids_harmony.methods.hail_part import MOST_CHANGE, Range, changed  # noqa: E402
+from bids_harmony.methods.hail_part import MOST_CHANGE, changed  # noqa: E402
 from bids_harmony.methods.hail_training import (  # noqa: E402
     draw_pairs,
     held_out_subjects,
@@ -30,10 +30,10 @@ from bids_harmony.methods.hail_training import (  # noqa: E402
 from bids_harmony.methods.hail_volumes import (  # noqa: E402
     brain_of,
     draw_brain,
-    rank_cells,
     style_of,
     windows,
 )
+from bids_harmony.methods.likeness import Range, rank_cells  # noqa: E402
 from bids_harmony.networks.hail import (  # noqa: E402
     QUANTILES,
     HailNetwork,
@@ -394,8 +394,8 @@ def fitted():
 
 def tolerant(method):
     """It learned for seconds only: what it cannot redraw is taken all the same."""
-    for part in method._parts.values():
-        part.ranges["redrawing_error"] = Range(0.0, 1e3, 1e3)
+    for name, part in method._parts.items():
+        method._parts[name] = replace(part, redrawing=Range(0.0, 1e3, 1e3))
     return method
 
 
@@ -541,9 +541,8 @@ def test_files_and_scores(fitted):
 def test_a_network_that_learned_too_little_says_so(model, scan):
     part = model._parts["T1w"]
     for mean, told in ((0.3, False), (0.9, True)):
-        range_ = replace(part.ranges["redrawing_error"], mean=mean, flag=9.0, refuse=9.0)
-        ranges = {**part.ranges, "redrawing_error": range_}
-        made = type(model)({"T1w": replace(part, ranges=ranges)}, "cpu")
+        redrawing = replace(part.redrawing, mean=mean, flag=9.0, refuse=9.0)
+        made = type(model)({"T1w": replace(part, redrawing=redrawing)}, "cpu")
         warnings = " ".join(made.harmonize(scan, seed=0).warnings)
         assert ("train it for longer" in warnings) == told
 
@@ -582,9 +581,9 @@ def test_other_contrasts_and_noise_are_refused(model, scan):
 def test_a_scan_that_is_redrawn_badly_is_told_or_refused(model, scan):
     made = Hail.from_state(model.arrays(), model.params())
     part = made._parts["T1w"]
-    part.ranges["redrawing_error"] = Range(0.01, 0.02, 1e3)
+    made._parts["T1w"] = replace(part, redrawing=Range(0.01, 0.02, 1e3))
     assert any("redraws this scan badly" in w for w in made.harmonize(scan, seed=0).warnings)
-    part.ranges["redrawing_error"] = Range(0.01, 0.015, 0.02)
+    made._parts["T1w"] = replace(part, redrawing=Range(0.01, 0.015, 0.02))
     with pytest.raises(ScanError, match=r"cannot redraw it .* use a statistical method"):
         made.harmonize(scan, seed=0)
 
@@ -600,7 +599,9 @@ def test_a_turned_brain_is_refused(model, scan):
     cut = [heavy_below(v) for v in (*VOLUMES, scan)]
     cells = [rank_cells(*brain_of(v), v.spacing)[0] for v in cut[:-1]]
     made = Hail.from_state(model.arrays(), model.params())
-    made._parts["T1w"] = replace(made._parts["T1w"], layout=Layout.of(cells))
+    part = made._parts["T1w"]
+    alike = replace(part.likeness, layout=Layout.of(cells))
+    made._parts["T1w"] = replace(part, likeness=alike)
     assert made.harmonize(cut[-1], seed=0).data.max() > 0
     wrong = replace(cut[-1], data=cut[-1].data[:, :, ::-1], mask=cut[-1].mask[:, :, ::-1])
     with pytest.raises(ScanError, match=r"lies turned: .* inferior; correct the header"):
@@ -608,7 +609,7 @@ def test_a_turned_brain_is_refused(model, scan):
 
 
 def test_ranges_widen_with_the_spread():
-    narrow = Range.of("unlikeness", [0.1, 0.1], [0.1])
+    narrow = Range.of([0.1, 0.1], [0.1], (0.2, 0.5))
     assert (narrow.flag, narrow.refuse) == (pytest.approx(0.3), pytest.approx(0.6))
-    wide = Range.of("unlikeness", [0.0, 0.4], [0.2])
+    wide = Range.of([0.0, 0.4], [0.2], (0.2, 0.5))
     assert wide.flag == pytest.approx(0.2 + 4 * np.std([0, 0.4, 0.2]))

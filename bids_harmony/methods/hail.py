@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.layout import side_words
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
@@ -182,14 +181,14 @@ class Hail(ByModality[Part]):
                 f"{volume.modality} scans should look; give it examples of the wanted site"
             )
         brain = brain_of(volume)
-        unlikeness = self._admit(part, brain, volume)
+        unlikeness, unlike = self._admit(part, brain, volume)
         own = style_of(part.network, brain, part.window)
         drawing = part.draw(brain, own, part.wanted)
         error = redrawing_error(brain[0], drawing.redrawn, brain[1])
-        if not error <= part.ranges["redrawing_error"].refuse:
+        if not error <= part.redrawing.refuse:
             raise ScanError(
                 f"{volume.name or 'scan'}: the network cannot redraw it (error {error:.2f}, "
-                f"refused above {part.ranges['redrawing_error'].refuse:.2f}): no "
+                f"refused above {part.redrawing.refuse:.2f}): no "
                 f"{volume.modality} brain, or full of artefacts; check modality and mask, or use "
                 "a statistical method"
             )
@@ -209,28 +208,15 @@ class Hail(ByModality[Part]):
             },
             **{name: round(value, 4) for name, value in facts.items()},
         }
-        warnings = _doubts(part, facts, drawing, before, after)
+        warnings = [*_doubts(part, error, drawing, before, after), *unlike]
         return Harmonized(drawing.data, details, tuple(warnings))
 
     @staticmethod
-    def _admit(part: Part, brain: Brain, volume: Volume) -> float:
+    def _admit(part: Part, brain: Brain, volume: Volume) -> tuple[float, list[str]]:
         """Refuse what is no upright brain of the modality; how unlike training's it is."""
-        unlikeness, coarse = part.unlikeness(brain, volume.spacing)
-        axes, _ = part.layout.turned(coarse)
-        if axes != "RAS":
-            raise ScanError(
-                f"{volume.name or 'scan'}: the brain lies turned: what the header calls right, "
-                f"anterior, superior seems to be {side_words(axes)}; correct "
-                "the header's orientation"
-            )
-        limit = part.ranges["unlikeness"].refuse
-        if not unlikeness <= limit:
-            raise ScanError(
-                f"{volume.name or 'scan'}: bright and dark tissue lie elsewhere than in "
-                f"{volume.modality} brains (unlikeness {unlikeness:.2f}, refused above "
-                f"{limit:.2f}); check modality, mask and header"
-            )
-        return unlikeness
+        return part.likeness.admit(
+            *brain, volume.spacing, name=volume.name or "scan", modality=volume.modality
+        )
 
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
@@ -259,27 +245,19 @@ def _learnable(volumes: Sequence[Volume]) -> dict[str, list[int]]:
     return {m: groups[m] for m in sorted(groups) if m not in left_out}
 
 
-def _doubts(
-    part: Part, facts: Mapping[str, float], drawing: Drawing, before: float, after: float
-) -> list[str]:
+def _doubts(part: Part, error: float, drawing: Drawing, before: float, after: float) -> list[str]:
     """Sentences for the report where the result may be wrong."""
     found = []
-    if part.ranges["redrawing_error"].mean > _UNLEARNED:
+    if part.redrawing.mean > _UNLEARNED:
         found.append(
             "The network redraws its own held-out scans hardly better than one grey value (error "
-            f"{part.ranges['redrawing_error'].mean:.2f}, a grey brain has 1): train it for longer."
+            f"{part.redrawing.mean:.2f}, a grey brain has 1): train it for longer."
         )
-    if facts["redrawing_error"] > part.ranges["redrawing_error"].flag:
+    if error > part.redrawing.flag:
         found.append(
-            f"The network redraws this scan badly (error {facts['redrawing_error']:.2f}, held-out "
-            f"scans have {part.ranges['redrawing_error'].mean:.2f}): it may be unlike all "
+            f"The network redraws this scan badly (error {error:.2f}, held-out "
+            f"scans have {part.redrawing.mean:.2f}): it may be unlike all "
             "training scans. Look at the result before you use it."
-        )
-    if facts["unlikeness"] > part.ranges["unlikeness"].flag:
-        found.append(
-            "Bright and dark tissue lie elsewhere than in the training scans (unlikeness "
-            f"{facts['unlikeness']:.2f}, held-out scans have "
-            f"{part.ranges['unlikeness'].mean:.2f}). Look at the result before you use it."
         )
     if drawing.at_bound > _BOUND_SHARE:
         found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.guided import guided_transfer
-from bids_harmony.imaging.layout import Coarse, Layout
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.hail_training import (
     Preset,
@@ -23,13 +22,8 @@ from bids_harmony.methods.hail_training import (
     scans_of,
     train_phases,
 )
-from bids_harmony.methods.hail_volumes import (
-    Brain,
-    draw_brain,
-    likeness,
-    rank_cells,
-    redrawing_error,
-)
+from bids_harmony.methods.hail_volumes import Brain, draw_brain, redrawing_error
+from bids_harmony.methods.likeness import Likeness, Range, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.methods.training_files import brains_png, curves_csv, training_png
 from bids_harmony.networks.hail import QUANTILES, HailNetwork
@@ -39,30 +33,7 @@ LOG = logging.getLogger("bids_harmony")
 #: No voxel is changed by more of the intensity scale: more is invention, not harmonization.
 MOST_CHANGE = 0.5
 _PAIRS_SCORED = 6
-
-#: Above the training brains' mean by so many of their deviations a scan is flagged, or refused,
-_TIMES = (4.0, 8.0)
-#: but at least by so much.
-_LEAST = {"redrawing_error": (0.1, 0.4), "unlikeness": (0.2, 0.5)}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Which values of a measure are to be expected; larger ones are doubtful, then impossible."""
-
-    mean: float
-    flag: float
-    refuse: float
-
-    @classmethod
-    def of(cls, measure: str, held_out: Sequence[float], trained: Sequence[float]) -> Range:
-        """Around the mean of held-out scans, by the deviation of all."""
-        mean, spread = float(np.mean(held_out)), float(np.std([*held_out, *trained]))
-        flag, refuse = (
-            mean + max(times * spread, least)
-            for times, least in zip(_TIMES, _LEAST[measure], strict=True)
-        )
-        return cls(mean, flag, refuse)
+_LEAST_ERROR = (0.1, 0.4)  # of a redrawing above the held-out scans': doubtful, impossible
 
 
 @dataclass(frozen=True)
@@ -95,10 +66,10 @@ class Part:
         In eval mode.
     window, radius, noise
         As in the preset it was trained with.
-    layout
-        Where the brighter tissue lies in the training brains (`rank_cells`).
-    ranges
-        Of ``redrawing_error`` and ``unlikeness`` (1 - `likeness`).
+    likeness
+        Where the brighter tissue lies in the training brains.
+    redrawing
+        Expected values of `redrawing_error`.
     scores
         Held-out scores and facts of the training.
     wanted
@@ -111,8 +82,8 @@ class Part:
     window: int
     radius: int
     noise: float
-    layout: Layout
-    ranges: Mapping[str, Range]
+    likeness: Likeness
+    redrawing: Range
     scores: Mapping[str, Any]
     wanted: Tensor | None = None
     examples: tuple[str, ...] = ()
@@ -127,14 +98,9 @@ class Part:
         data, at_bound = changed(brain, drawn - redrawn, self.radius, self.noise)
         return Drawing(drawn, redrawn, data, at_bound)
 
-    def unlikeness(self, brain: Brain, spacing: Sequence[float]) -> tuple[float, Coarse]:
-        """1 - `likeness` to the training brains, and the brain seen coarsely."""
-        cells, coarse = rank_cells(*brain, spacing)
-        return 1 - likeness(cells, self.layout.mean), coarse
-
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Weights, layout and wanted style."""
-        found = {**self.layout.arrays(), **state_arrays(self.network, "network")}
+        """Weights, likeness and wanted style."""
+        found = {**self.likeness.arrays(), **state_arrays(self.network, "network")}
         if self.wanted is not None:
             found["wanted"] = self.wanted.numpy()
         return found
@@ -146,7 +112,7 @@ class Part:
             "window": self.window,
             "radius": self.radius,
             "noise": self.noise,
-            "ranges": {name: asdict(found) for name, found in self.ranges.items()},
+            "redrawing": asdict(self.redrawing),
             "scores": dict(self.scores),
             "examples": list(self.examples),
         }
@@ -166,8 +132,8 @@ class Part:
             int(params["window"]),
             int(params["radius"]),
             float(params["noise"]),
-            Layout.from_arrays(arrays),
-            {name: Range(**content) for name, content in params["ranges"].items()},
+            Likeness.from_arrays(arrays),
+            Range(**params["redrawing"]),
             params["scores"],
             None if wanted is None else torch.from_numpy(np.array(wanted, dtype=np.float32)),
             tuple(params["examples"]),
@@ -223,30 +189,22 @@ def fit_part(
     held_out = [scan for scan in scans if scan.subject in apart]
     network, styles, runs = train_phases(known, held_out, preset, seed, training)
     cells = {scan.volume: rank_cells(*scan.brain, scan.spacing)[0] for scan in scans}
-    layout = Layout.of([cells[scan.volume] for scan in known])
-    part = Part(network, preset.window, preset.radius, preset.noise, layout, {}, {})
+    alike = Likeness.of(*([cells[scan.volume] for scan in group] for group in (known, held_out)))
+    redrawing = _error_range(network, preset.window, held_out, known, styles)
+    part = Part(network, preset.window, preset.radius, preset.noise, alike, redrawing, {})
     pairs = _scored_pairs(held_out, known)
     drawings = [
         part.draw(scan.brain, styles[scan.volume], styles[example.volume])
         for scan, example in pairs
     ]
-    ranges = {
-        "redrawing_error": _error_range(part, held_out, known, styles),
-        "unlikeness": Range.of(
-            "unlikeness",
-            *([1 - likeness(cells[scan.volume], layout.mean) for scan in group]
-              for group in (held_out, known)),
-        ),
-    }  # fmt: skip
-    scores = {**_pair_scores(pairs, drawings, styles), **_facts(scans, apart, ranges, runs)}
+    scores = {**_pair_scores(pairs, drawings, styles), **_facts(scans, apart, part, runs)}
     network.cpu()
     files = {
         "curves.csv": curves_csv(runs),
         "training.png": training_png(runs),
         "transfer.png": _picture(*pairs[0], drawings[0]),
     }
-    made = Part(network, part.window, part.radius, part.noise, layout, ranges, scores)
-    return made, files
+    return replace(part, scores=scores), files
 
 
 def _scored_pairs(held_out: Sequence[Scan], known: Sequence[Scan]) -> list[tuple[Scan, Scan]]:
@@ -263,7 +221,11 @@ def _scored_pairs(held_out: Sequence[Scan], known: Sequence[Scan]) -> list[tuple
 
 
 def _error_range(
-    part: Part, held_out: Sequence[Scan], known: Sequence[Scan], styles: Mapping[str, Tensor]
+    network: HailNetwork,
+    window: int,
+    held_out: Sequence[Scan],
+    known: Sequence[Scan],
+    styles: Mapping[str, Tensor],
 ) -> Range:
     """Of the redrawing error; of the training scans, as many as are held out."""
     groups = []
@@ -271,10 +233,10 @@ def _error_range(
         errors = []
         for scan in group:
             own = styles[scan.volume]
-            _, redrawn = draw_brain(part.network, scan.brain, own, own, part.window)
+            _, redrawn = draw_brain(network, scan.brain, own, own, window)
             errors.append(redrawing_error(scan.brain[0], redrawn, scan.brain[1]))
         groups.append(errors)
-    return Range.of("redrawing_error", *groups)
+    return Range.of(groups[0], groups[1], _LEAST_ERROR)
 
 
 def _pair_scores(
@@ -307,7 +269,7 @@ def intensities(data: NDArray[np.float32], mask: Tensor) -> Tensor:
 def _facts(
     scans: Sequence[Scan],
     apart: set[str],
-    ranges: Mapping[str, Range],
+    part: Part,
     runs: Mapping[str, Trained],
 ) -> dict[str, Any]:
     """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
@@ -317,8 +279,8 @@ def _facts(
             for site in sorted({scan.site for scan in scans})
         },
         "held_out_subjects": len(apart),
-        "held_out_redrawing_error": round(ranges["redrawing_error"].mean, 4),
-        "held_out_unlikeness": round(ranges["unlikeness"].mean, 4),
+        "held_out_redrawing_error": round(part.redrawing.mean, 4),
+        "held_out_unlikeness": round(part.likeness.unlikeness.mean, 4),
         **{
             name: {
                 "steps": run.steps,

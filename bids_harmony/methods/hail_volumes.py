@@ -1,4 +1,4 @@
-"""HAIL on whole brains: windows that leave no seams, style, drawing, likeness to training."""
+"""HAIL on whole brains: windows that leave no seams, style, drawing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.quantiles import Float64Array, brain_values
 from bids_harmony.methods.base import Volume
 from bids_harmony.networks.hail import HailNetwork, moments, quantiles_of, sums_of
@@ -25,7 +23,6 @@ Brain = tuple[Tensor, Tensor]  # image and brain mask, (X, Y, Z)
 _OVERLAP = 3 / 8  # least share of their side that neighbouring windows have in common, roughly
 _WIDTH = 1 / 8  # deviation of the Gaussian weights as a share of a window's side
 _BORDER = 8  # the outer 1 / 8 of a window has no say
-_LEAST_SHARE = 0.5  # of a cell that must be brain for its brightness to count
 
 
 def brain_of(volume: Volume) -> Brain:
@@ -164,32 +161,3 @@ def redrawing_error(image: Tensor, redrawn: Tensor, mask: Tensor) -> float:
     difference = np.where(inside, (redrawn - image).numpy(), 0)
     blurred = ndimage.uniform_filter(difference, 3, mode="constant")
     return float(np.sqrt(np.mean(blurred[inside] ** 2)) / image.numpy()[inside].std())
-
-
-def rank_cells(
-    image: Tensor, mask: Tensor, spacing: Sequence[float]
-) -> tuple[Float64Array, Coarse]:
-    """Where the brighter half of a brain lies, coarsely: `Coarse.cells` of its ranks (0..1).
-
-    Ranks, since sites differ in contrast but seldom in what is brighter than what.
-    """
-    inside = mask.numpy()
-    ranks = np.zeros(inside.shape, dtype=np.float32)
-    values = image.numpy()[inside]
-    ranks[inside] = (stats.rankdata(values) / values.size).astype(np.float32)
-    coarse = Coarse(ranks, inside, spacing)
-    return coarse.cells(), coarse
-
-
-def likeness(cells: Float64Array, mean: NDArray[Any]) -> float:
-    """Pearson's r, -1..1, of two brains' `rank_cells` where both are mostly brain.
-
-    -1 if they hardly overlap.
-    """
-    both = (cells[0] > _LEAST_SHARE) & (mean[0] > _LEAST_SHARE)
-    if both.sum() < 8:
-        return -1.0
-    a, b = cells[1][both] / cells[0][both], mean[1][both] / mean[0][both]
-    if np.ptp(a) < 1e-9 or np.ptp(b) < 1e-9:
-        return -1.0
-    return float(np.corrcoef(a, b)[0, 1])
