@@ -90,7 +90,7 @@ def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> 
     notes: list[str] = []
     for name, folder in folders.items():
         here = _in_folder(scan, folder, template)
-        marked = _first(_lesion_names(scan, folder))
+        marked = first_file(_lesion_names(scan, folder))
         if marked and "lesions" not in found:
             _take(scan, folder, name, {"lesions": marked}, found, sources, notes)
         if here:
@@ -117,14 +117,14 @@ def _take(
     notes: list[str],
 ) -> None:
     """Add what a folder has and no earlier one had, unless it may be of another space."""
-    fault = _wrong_space(scan, folder, here)
+    fault = wrong_space(scan, folder, here)
     if fault is not None:
         notes.append(f"{name}: not used for {scan.stem}: {fault}")
         return
     for kind, path in here.items():
         if kind in found:
             continue
-        text = _grid_note(scan, path) if kind in ("mask", "lesions") else None
+        text = grid_note(scan, path) if kind in ("mask", "lesions") else None
         if text is not None:
             notes.append(f"{name}: {text[1]}")
             if not text[0]:
@@ -136,12 +136,12 @@ def _take(
 def _in_folder(scan: Scan, folder: Path, template: str) -> dict[str, Path]:
     """Files with exactly the scan's entities."""
     found: dict[str, Path | None] = {
-        "mask": _first(_mask_names(scan, folder)),
-        "to_template": _first(
+        "mask": first_file(_mask_names(scan, folder)),
+        "to_template": first_file(
             derivative_path(folder, scan, from_=scan.suffix, to=template, extension=extension)
             for extension in XFM_EXTENSIONS
         ),
-        "preproc": _first(
+        "preproc": first_file(
             derivative_path(folder, scan, desc="preproc", extension=extension)
             for extension in IMAGE_EXTENSIONS
         ),
@@ -170,7 +170,7 @@ def _lesion_names(scan: Scan, folder: Path) -> Iterable[Path]:
             yield folder / scan.folder / f"{stem}_{name}{extension}"
 
 
-def _first(paths: Iterable[Path]) -> Path | None:
+def first_file(paths: Iterable[Path]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -190,7 +190,7 @@ def _looked_for(scan: Scan, folder: Path) -> str:
     return looked
 
 
-def _wrong_space(scan: Scan, folder: Path, found: Mapping[str, Path]) -> str | None:
+def wrong_space(scan: Scan, folder: Path, found: Mapping[str, Path]) -> str | None:
     """Say why the files found may not be in the space of the scan; None when they are."""
     raw = _raw_sources(folder, found)
     if raw is not None and raw != {scan.stem}:
@@ -233,7 +233,7 @@ def _raw_parents(path: Path, folder: Path, depth: int) -> set[str]:
     sidecar = path.with_name(strip_extension(path.name) + ".json")
     if depth == 0 or not sidecar.is_file():
         return set()
-    content = _read_quietly(sidecar)
+    content = read_quietly(sidecar)
     raw: set[str] = set()
     for key in ("RawSources", "Sources"):
         value = content.get(key, [])
@@ -249,7 +249,7 @@ def _raw_parents(path: Path, folder: Path, depth: int) -> set[str]:
     return raw
 
 
-def _read_quietly(sidecar: Path) -> dict[str, Any]:
+def read_quietly(sidecar: Path) -> dict[str, Any]:
     """Content of a sidecar; a broken one tells nothing, and the stricter rule then holds."""
     try:
         return read_sidecar(sidecar)
@@ -306,7 +306,7 @@ def _rivals(scan: Scan) -> list[str]:
     return rivals
 
 
-def _grid_note(scan: Scan, mask: Path) -> tuple[bool, str] | None:
+def grid_note(scan: Scan, mask: Path) -> tuple[bool, str] | None:
     """Whether a mask on another grid is usable, with a sentence; None for the scan's own grid."""
     try:
         raw, other = open_header(scan.path), open_header(mask)
