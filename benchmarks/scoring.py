@@ -9,12 +9,13 @@ import nibabel as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from bids_harmony.imaging.tissues import TISSUES, dice
 from bids_harmony.interfaces.ants import ants_session
 from bids_harmony.interfaces.segment import atropos
 from bids_harmony.metrics.intensity import normalized_wasserstein
 from bids_harmony.metrics.similarity import edge_correlation, psnr, rank_agreement, ssim
 from bids_harmony.metrics.slices import field_psnr, field_ssim, slice_consistency
-from bids_harmony.metrics.tissue import TISSUES, dice, relative_volume_difference
+from bids_harmony.metrics.tissue import relative_volume_difference
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]

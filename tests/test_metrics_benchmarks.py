@@ -6,10 +6,11 @@ from scipy import ndimage, stats
 from scipy.spatial import distance
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.tissues import dice
 from bids_harmony.metrics.intensity import normalized_wasserstein
 from bids_harmony.metrics.similarity import psnr
 from bids_harmony.metrics.slices import field_psnr, field_ssim, slice_consistency
-from bids_harmony.metrics.tissue import dice, label_volumes, relative_volume_difference
+from bids_harmony.metrics.tissue import label_volumes, relative_volume_difference
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 from scipy import ndimage
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.tissues import dice
 from bids_harmony.interfaces.ants import ants_session
 from bids_harmony.interfaces.segment import atropos
-from bids_harmony.metrics.tissue import dice
 
 
 @pytest.fixture(scope="module")

@@ -322,8 +322,9 @@ def play(folder=None, seed=0, on_draw=None, plan=PLAN):
 
     adversary = fit.Adversary(game.judge, against, steps=3, rate=0.2)
     run = train_network(
-        game, name="game", draw=draw, loss=loss, held_out=lambda: float((game.guess - 2).abs().detach()),
-        plan=plan, seed=seed, device="cpu", folder=folder, adversary=adversary,
+        game, name="game", draw=draw, loss=loss,
+        held_out=lambda: float((game.guess - 2).abs().detach()), plan=plan,
+        seed=seed, device="cpu", folder=folder, adversary=adversary,
     )  # fmt: skip
     return game, run, drawn, grads
 

@@ -51,7 +51,7 @@ LOG = logging.getLogger("bids_harmony")
 def scans_to_learn_from(
     context: Context, method: str, reference: str, participants: Sequence[str]
 ) -> list[Scan]:
-    """Scans of the reference, or of all sites for a method that harmonizes by example.
+    """Scans of the reference, or of all sites for a method that learns from several.
 
     What narrows a participant run does not narrow them.
     """
@@ -63,7 +63,7 @@ def scans_to_learn_from(
     for problem in problems:
         LOG.warning("left out: %s", problem.message)
     chosen = training_scans(scans, reference)
-    return _of_all_sites(method, scans) if available()[method].by_example else chosen
+    return _of_all_sites(method, scans) if available()[method].sites_to_train > 1 else chosen
 
 
 def _of_all_sites(method: str, scans: Sequence[Scan]) -> list[Scan]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from bids_harmony.bids.scan import UNKNOWN_SITE
 from bids_harmony.errors import HarmonyError
+from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
     File,
@@ -49,6 +50,9 @@ class _HarmonizeOutput(TimedOutputSpec):
     details = traits.Dict(desc="facts for the sidecar")
     warnings = traits.List(traits.Str, desc="sentences for the report")
     adaptation = traits.Dict(desc="what the method learned from the site or scan")
+    CSF = File(desc="probability of each tissue, from methods that segment")
+    GM = File()
+    WM = File()
 
 
 class Harmonize(TimedInterface):
@@ -81,6 +85,14 @@ class Harmonize(TimedInterface):
                 f"{self.inputs.name}: method {method.name} gave voxels that are not finite "
                 "or another grid; report this to the method's authors"
             )
+        shares = {} if done.tissues is None else dict(zip(TISSUES, done.tissues, strict=True))
+        for tissue, share in shares.items():
+            if share.shape != data.shape or not np.isfinite(share).all():
+                raise HarmonyError(
+                    f"{self.inputs.name}: method {method.name} gave tissues that are not finite "
+                    "or on another grid; report this to the method's authors"
+                )
+            self._results[tissue] = store(share, affine, cwd / f"{tissue}.nii")
         self._results["out_file"] = store(done.data, affine, cwd / "harmonized.nii")
         self._results["details"] = dict(done.details)
         self._results["warnings"] = [*warnings, *done.warnings]

@@ -141,6 +141,8 @@ class _ReportInput(BaseInterfaceInputSpec):
     method_title = traits.Str()
     citations = traits.List(traits.Str)
     methods_text = traits.Str()
+    dseg_file = File(exists=True, desc="tissues that came with the harmonization")
+    tissue_volumes = traits.Dict(desc="mL of each tissue")
 
 
 class _ReportOutput(TimedOutputSpec):
@@ -193,6 +195,8 @@ class ReportScan(TimedInterface):
             after=after,
             mask=mask,
             bias=self._bias(before.shape, affine),
+            tissues=self._tissues(),
+            tissue_volumes=dict(self._given("tissue_volumes") or {}),
             registration=self._registration(),
             histogram=self._histogram(before[mask], after[mask]),
             steps=tuple(self._steps()),
@@ -211,6 +215,10 @@ class ReportScan(TimedInterface):
         return np.asanyarray(
             resample_from_to(img, (shape, affine), order=1, mode="nearest").dataobj, np.float32
         )
+
+    def _tissues(self) -> Any:
+        file = self._given("dseg_file")
+        return None if file is None else load(file)[0].astype(np.uint8)
 
     def _registration(self) -> Registration:
         template, affine = load(self.inputs.template_file)

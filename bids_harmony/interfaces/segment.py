@@ -28,7 +28,7 @@ def atropos(
 
     Finite mixture of Gaussians, started by K-means, with a Markov random field over the 26
     neighbours. No random numbers are drawn: the same scan gives the same labels. Of a T1w scan the
-    three classes are 1 CSF, 2 grey matter, 3 white matter, as in `bids_harmony.metrics.tissue`.
+    three classes are 1 CSF, 2 grey matter, 3 white matter, as in `bids_harmony.imaging.tissues`.
 
     Parameters
     ----------

@@ -11,14 +11,17 @@ import nibabel as nb
 import numpy as np
 
 from bids_harmony.bids.write import save_nifti, write_json
+from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.base import (
     BaseInterfaceInputSpec,
     File,
     TimedInterface,
     TimedOutputSpec,
+    isdefined,
     traits,
 )
 from bids_harmony.interfaces.files import load, load_mask
+from bids_harmony.interfaces.tissues import labels_of
 from bids_harmony.methods.base import Volume
 
 
@@ -52,6 +55,7 @@ class StoredVolumes(Sequence[Volume]):
             name=facts["name"],
             subject=facts["subject"],
             session=facts["session"],
+            labels=load(f"{stem}_labels.nii")[0].astype(np.uint8) if facts["labelled"] else None,
         )
 
 
@@ -63,6 +67,9 @@ class _StoreInput(BaseInterfaceInputSpec):
     key = traits.Dict(mandatory=True, desc="what makes the volume reusable")
     checksum = traits.Str("", usedefault=True)
     facts = traits.Dict(mandatory=True, desc="modality, site, name")
+    CSF = File(exists=True, desc="share of each tissue on the model's grid, if wanted")
+    GM = File(exists=True)
+    WM = File(exists=True)
 
 
 class StoreVolume(TimedInterface):
@@ -79,8 +86,14 @@ class StoreVolume(TimedInterface):
         mask = load_mask(self.inputs.mask_file)
         save_nifti(np.where(mask, scaled, 0), affine, Path(f"{stem}_scaled.nii"))
         save_nifti(mask, affine, Path(f"{stem}_mask.nii"), dtype=np.uint8)
+        labelled = isdefined(self.inputs.CSF)
+        if labelled:
+            shares = {tissue: load(getattr(self.inputs, tissue))[0] for tissue in TISSUES}
+            labels = np.where(mask, labels_of(shares), 0)
+            save_nifti(labels, affine, Path(f"{stem}_labels.nii"), dtype=np.uint8)
         facts = {
             **self.inputs.facts,
+            "labelled": labelled,
             "key": {**self.inputs.key, "InputSHA256": self.inputs.checksum},
             "scale": dict(self.inputs.scale),
         }

@@ -41,6 +41,8 @@ class Contract:
         Name of the intensity scale applied before the method: ``robust`` or ``minmax``.
     masked
         True: voxels outside the brain mask are zero when the method sees them.
+    labels
+        True: scans to learn from have tissue labels; those without are left out.
     """
 
     modalities: tuple[str, ...]
@@ -48,6 +50,7 @@ class Contract:
     resolution: float | None = None
     scale: str = "robust"
     masked: bool = True
+    labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Volume:
     session
         Label of the session; scans of one subject and session show the same anatomy. Empty when
         there is none.
+    labels
+        Tissue of each voxel, shape (X, Y, Z): 0 background, 1 CSF, 2 grey matter, 3 white matter;
+        None unless the contract asks for them.
     """
 
     data: FloatArray
@@ -87,6 +93,7 @@ class Volume:
     subject: str = ""
     axes: tuple[str, str, str] = ("R", "A", "S")
     session: str = ""
+    labels: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,15 @@ class Harmonized:
         stop reason, ...).
     warnings
         Sentences for the report.
+    tissues
+        Probabilities of CSF, grey and white matter, shape (3, X, Y, Z), float32, 0 outside the
+        mask; None for a method that segments nothing.
     """
 
     data: FloatArray
     details: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    tissues: FloatArray | None = None
 
 
 class Method(ABC):
@@ -259,6 +270,11 @@ class NeuralMethod(Method):
     #: Whether it is trained on the scans of several sites, and then takes the wanted appearance
     #: from examples (`towards`). Others are trained on the reference domain's scans alone.
     by_example: ClassVar[bool] = False
+    #: Whether it leads to an appearance that all training sites have in common, not to the
+    #: reference's; the reference then gives the units only.
+    common: ClassVar[bool] = False
+    #: Whether `harmonize` gives tissues too.
+    segments: ClassVar[bool] = False
     #: Whether `fine_tuned` goes on training with the scans of a new site.
     fine_tunes: ClassVar[bool] = False
     #: Numbers that decide what is learned (`Training.options`), and how a scan is harmonized

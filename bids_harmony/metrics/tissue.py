@@ -1,4 +1,4 @@
-"""Agreement of tissue segmentations: volumes and overlap per label."""
+"""Volumes of tissue segmentations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bids_harmony.errors import ScanError
-
 Labels = NDArray[Any]
-CSF, GREY_MATTER, WHITE_MATTER = 1, 2, 3
-TISSUES = {"CSF": CSF, "GM": GREY_MATTER, "WM": WHITE_MATTER}
 
 
 def label_volumes(
@@ -60,33 +56,3 @@ def relative_volume_difference(
         k: 100 * abs(after[k] - before[k]) / before[k] if before[k] else float("nan")
         for k in before
     }
-
-
-def dice(first: Labels, second: Labels, labels: Iterable[int]) -> dict[int, float]:
-    """Dice overlap, 0..1, per label: twice the common voxels over the sum of both.
-
-    Parameters
-    ----------
-    first, second
-        Whole numbers on one grid.
-    labels
-        Which to compare.
-
-    Returns
-    -------
-    Per label; NaN where neither segmentation has it.
-
-    Raises
-    ------
-    ScanError
-        If the shapes differ.
-    """
-    if first.shape != second.shape:
-        raise ScanError(f"segmentations of shape {first.shape} and {second.shape}; resample one")
-    found = {}
-    for label in labels:
-        a, b = first == label, second == label
-        total = np.count_nonzero(a) + np.count_nonzero(b)
-        overlap = 2 * np.count_nonzero(a & b)
-        found[int(label)] = overlap / total if total else float("nan")
-    return found

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from skimage.filters import threshold_otsu
 
+from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.reports import geometry as geo
 from bids_harmony.reports import mosaic as mos
 from bids_harmony.reports.inputs import Histogram, Registration, ScanReport
@@ -27,6 +28,7 @@ FloatArray = NDArray[np.floating[Any]]
 WIDTH = 1200
 MASK_COLOUR = "#ffb000"
 TEMPLATE_COLOUR = "#22d3ee"
+TISSUE_COLOURS = {"CSF": "#22d3ee", "GM": "#4ade80", "WM": "#f97316"}
 DIFFERENCE_MAP = "RdBu_r"
 BIAS_MAP = "viridis"
 
@@ -39,6 +41,7 @@ class Scene:
     after: geo.DisplayVolume
     mask: geo.BoolArray
     bias: FloatArray | None
+    tissues: NDArray[np.uint8] | None
     layout: mos.Layout
     window: tuple[float, float]
     units: str
@@ -81,10 +84,14 @@ def make_scene(report: ScanReport, *, columns: int = 6, width: int = WIDTH) -> S
     after = geo.display_volume(report.after, report.affine)
     mask = geo.display_volume(report.mask, report.affine).data.astype(bool)
     bias = None if report.bias is None else geo.display_volume(report.bias, report.affine).data
+    tissues = None
+    if report.tissues is not None:
+        shown = geo.display_volume(report.tissues.astype(np.float32), report.affine)
+        tissues = np.rint(shown.data).astype(np.uint8)
     reference = report.histogram.reference if report.histogram else None
     window = report.window or common_window(before.data, after.data, mask, reference)
     layout = mos.plan_layout(before, mask, columns=columns, width=width - mos.BAR_PIXELS)
-    return Scene(before, after, mask, bias, layout, window, report.units)
+    return Scene(before, after, mask, bias, tissues, layout, window, report.units)
 
 
 def draw_before(scene: Scene) -> bytes:
@@ -121,6 +128,21 @@ def draw_mask(scene: Scene) -> bytes:
 
     picture = mos.compose(layout, paint, [(scene.mask, MASK_COLOUR)])
     return mos.render(picture, bar=(own, "gray", scene.units), quality=70)
+
+
+def draw_tissues(scene: Scene) -> bytes:
+    """Outlines of the tissues on the harmonized scan.
+
+    Raises
+    ------
+    ValueError
+        If the scene has no tissues.
+    """
+    if scene.tissues is None:
+        raise ValueError("the scene has no tissues")
+    outlines = [(scene.tissues == TISSUES[k], colour) for k, colour in TISSUE_COLOURS.items()]
+    picture = mos.compose(scene.layout, _grey_paint(scene, scene.after.data), outlines)
+    return mos.render(picture, bar=(scene.window, "gray", scene.units), quality=70)
 
 
 def difference_limit(scene: Scene) -> float:

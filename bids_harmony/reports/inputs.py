@@ -160,6 +160,11 @@ class ScanReport:
         Grey window (black, white) common to before and after; None: `figures.common_window`.
     bias
         Multiplicative bias field that was divided out, shape (X, Y, Z), > 0 in the mask.
+    tissues
+        Tissue of each voxel (0 background, 1 CSF, 2 grey matter, 3 white matter), shape
+        (X, Y, Z), from methods that segment; None for others.
+    tissue_volumes
+        mL of each tissue, by name.
     registration, histogram
         Material of these two figures; None leaves the figure out and says so.
     methods
@@ -189,6 +194,8 @@ class ScanReport:
     units: str = "scaled intensity"
     window: tuple[float, float] | None = None
     bias: FloatArray | None = None
+    tissues: NDArray[np.uint8] | None = None
+    tissue_volumes: Mapping[str, float] = field(default_factory=dict)
     registration: Registration | None = None
     histogram: Histogram | None = None
     steps: tuple[Step, ...] = ()
@@ -208,6 +215,8 @@ class ScanReport:
         }
         if self.bias is not None:
             volumes["bias"] = self.bias
+        if self.tissues is not None:
+            volumes["tissues"] = self.tissues
         _check_grid(self.stem, volumes, self.affine)
         if not np.any(self.mask):
             raise ScanError(f"{self.stem}: the brain mask is empty, no report can be drawn")

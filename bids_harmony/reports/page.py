@@ -284,34 +284,38 @@ def _pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Picture]:
         f"{100 * fig.saturated_share(volume.data, scene.mask, scene.window):.1f} %"
         for volume in (scene.before, scene.after)
     ]
-    planes = f"Axial, coronal and sagittal slices of {report.stem}"
+    slices = _slices(report)
     pictures = {
         "before": _jpeg(
             fig.draw_before(scene),
-            f"{planes} before harmonization",
+            f"{slices} before harmonization",
             "Before",
             f"Brain voxels brighter than white: {share[0]}.",
         ),
         "after": _jpeg(
             fig.draw_after(scene),
-            f"{planes} after harmonization, same slices and grey scale",
+            f"{slices} after harmonization, same slices and grey scale",
             "After",
             f"Brain voxels brighter than white: {share[1]}.",
         ),
         "difference": _jpeg(
             fig.draw_difference(scene),
-            f"{planes}: change of intensity, red where brighter and blue where darker",
+            f"{slices}: change of intensity, red where brighter and blue where darker",
             "After minus before",
             _difference_caption(report, scene),
         ),
         "mask": _jpeg(
             fig.draw_mask(scene),
-            f"{planes} with the outline of the brain mask",
+            f"{slices} with the outline of the brain mask",
             "Brain mask",
             "Outlined on the scan, in a grey scale of its own.",
         ),
     }
     return pictures | _optional_pictures(report, scene)
+
+
+def _slices(report: ScanReport) -> str:
+    return f"Axial, coronal and sagittal slices of {report.stem}"
 
 
 def _optional_pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Picture]:
@@ -323,6 +327,15 @@ def _optional_pictures(report: ScanReport, scene: fig.Scene) -> dict[str, Pictur
             f"Bias field of {report.stem} within the brain mask",
             "Bias field",
             "Multiplicative field that was divided out; 1 means no correction.",
+        )
+    if report.tissues is not None:
+        sizes = [f"{name} {number(v)} mL" for name, v in report.tissue_volumes.items()]
+        pictures["tissues"] = _jpeg(
+            fig.draw_tissues(scene),
+            f"{_slices(report)} after harmonization with outlines of the tissues",
+            "Tissues",
+            "Segmentation that came with the harmonization: fluid blue, grey matter green, white "
+            f"matter orange. Volumes: {', '.join(sizes) or 'not known'}.",
         )
     if report.registration is not None:
         template, scan = fig.draw_registration(report.registration)

@@ -10,7 +10,7 @@ from pathlib import Path
 from bids_harmony.bids.scan import MODALITIES
 from bids_harmony.config import DEFAULT_ADAPT, DEFAULT_METHOD, DEFAULT_TEMPLATE
 from bids_harmony.errors import MissingInputError, UsageError
-from bids_harmony.methods.base import NATIVE_GRID
+from bids_harmony.methods.base import NATIVE_GRID, NeuralMethod
 from bids_harmony.methods.bundle import bundle_meta, bundle_method, is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 from bids_harmony.resources import pick_device
@@ -202,7 +202,7 @@ def load_target(
         name=folder.name,
         hash=bundle.hash,
         why=why,
-        reference=str(bundle.meta.get("reference", folder.name)),
+        reference=str(bundle.meta.get("common") or bundle.meta.get("reference", folder.name)),
         contract=contract,
         output_scale={k: v.to_dict() for k, v in bundle.output_scale.items()},
         reference_quantiles=dict(bundle.meta.get("reference_quantiles", {})),
@@ -210,6 +210,7 @@ def load_target(
         memory_gb=card.memory_gb if card.kind == "neural" else 0.0,
         training_sites=tuple(bundle.meta.get("training_sites", ())),
         adapt=(adapt or DEFAULT_ADAPT) if card.adapts else "",
+        segments=isinstance(bundle.method, NeuralMethod) and bundle.method.segments,
     )
 
 

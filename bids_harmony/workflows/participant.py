@@ -36,7 +36,7 @@ def split_done(
             finished = is_preprocessed(scan, job.prep, job.place.out_dir)
         else:
             settings = scan_settings(scan, job.prep, target, job.place, found)
-            finished = is_done(scan, job.place, settings)
+            finished = is_done(scan, job.place, settings, segments=target.segments)
         (done if finished else todo).append(scan)
     return given, todo, done
 
@@ -64,6 +64,7 @@ def harmonize_scans(
         )
 
     last = {"write_preprocessed"} if target is None else {"write", "report", "write_preprocessed"}
+    last |= {"write_tissues"} if target and target.segments else set()
     return outcomes + run_scans(
         todo,
         build,

@@ -13,6 +13,7 @@ from bids_harmony.bids.names import derivative_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.report import fragment_path
+from bids_harmony.interfaces.tissues import tissue_paths
 from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing
 
 
@@ -76,7 +77,9 @@ def _checksum(scan: Scan) -> str:
         return ""
 
 
-def is_done(scan: Scan, place: Place, settings: Mapping[str, Any]) -> bool:
+def is_done(
+    scan: Scan, place: Place, settings: Mapping[str, Any], *, segments: bool = False
+) -> bool:
     """Whether every output of the scan exists and was made with these settings from this file."""
     images = [
         derivative_path(
@@ -92,6 +95,11 @@ def is_done(scan: Scan, place: Place, settings: Mapping[str, Any]) -> bool:
     wanted = {k: v for k, v in settings.items() if k != "ModelChoice"}
     if not fragment_path(place.out_dir, scan, place.desc).is_file():
         return False
+    if segments:
+        for path in tissue_paths(place.out_dir, scan, str(settings["Method"])).values():
+            words = _read(sidecar_path(path)) or {}
+            if not path.is_file() or words.get("ModelHash") != settings["ModelHash"]:
+                return False
     for image in images:
         record = (_read(sidecar_path(image)) or {}).get("Harmonization", {})
         if not image.is_file() or any(record.get(k) != v for k, v in wanted.items()):

@@ -9,11 +9,13 @@ from nipype.pipeline.engine import Node, Workflow
 
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
+from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.ants import ApplyTransform
 from bids_harmony.interfaces.bids import WriteHarmonized
 from bids_harmony.interfaces.harmonize import Harmonize
 from bids_harmony.interfaces.image import CarryChange, Change
 from bids_harmony.interfaces.report import Record, ReportScan, Score
+from bids_harmony.interfaces.tissues import WriteTissues
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
 
@@ -61,7 +63,7 @@ def init_harmonize_wf(
     outputnode = Node(
         IdentityInterface(
             fields=["native_file", "native_scaled_file", "details", "adaptation", "warnings",
-                    "harmonize_seconds", "carry_seconds"]
+                    "harmonize_seconds", "carry_seconds", *TISSUES]
         ),
         name="outputnode",
     )  # fmt: skip
@@ -104,6 +106,8 @@ def init_harmonize_wf(
         ]),
     ])  # fmt: skip
     _connect_grid(workflow, prep, target, gigabytes)
+    if target.segments:
+        _connect_tissues(workflow, prep, target, gigabytes)
     return workflow
 
 
@@ -145,6 +149,37 @@ def _connect_grid(
     ])  # fmt: skip
 
 
+def _connect_tissues(
+    workflow: Workflow, prep: Preprocessing, target: Target, gigabytes: float
+) -> None:
+    """Bring the probability of each tissue from the method's grid to the raw grid."""
+    inputnode, harmonize, outputnode = (
+        workflow.get_node(n) for n in ("inputnode", "harmonize", "outputnode")
+    )
+    for tissue in TISSUES:
+        if target.native_grid:
+            workflow.connect(harmonize, tissue, outputnode, tissue)
+            continue
+        to_raw = Node(
+            ApplyTransform(
+                interpolation="linear",
+                invert=[True],
+                num_threads=prep.threads,
+                random_seed=prep.seed,
+            ),
+            name=f"{tissue}_to_raw",
+            n_procs=prep.threads,
+            mem_gb=gigabytes,
+        )
+        workflow.connect([
+            (harmonize, to_raw, [(tissue, "in_file")]),
+            (inputnode, to_raw, [
+                ("conformed_file", "reference_file"), ("transform_file", "transforms"),
+            ]),
+            (to_raw, outputnode, [("out_file", tissue)]),
+        ])  # fmt: skip
+
+
 def init_scan_wf(
     *,
     scan: Scan,
@@ -178,6 +213,8 @@ def init_scan_wf(
     record = _connect_record(workflow, scan, prep, target, place, given, gigabytes)
     _connect_outputs(workflow, scan, prep, place, gigabytes, record)
     _connect_report(workflow, scan, prep, target, place, gigabytes, record)
+    if target.segments:
+        _connect_segmentation(workflow, scan, target, place, gigabytes)
     return workflow
 
 
@@ -318,4 +355,29 @@ def _connect_report(
             ("record", "record"), ("warnings", "warnings"), ("seconds_by_step", "seconds_by_step"),
         ]),
         (score, report, [("metrics", "metrics")]),
+    ])  # fmt: skip
+
+
+def _connect_segmentation(
+    workflow: Workflow, scan: Scan, target: Target, place: Place, gigabytes: float
+) -> None:
+    """Tissues as derivatives, and in the report."""
+    preprocess_wf, harmonize_wf, record, report = (
+        workflow.get_node(n) for n in ("preprocess_wf", "harmonize_wf", "record", "report")
+    )
+    write = Node(
+        WriteTissues(
+            scan=scan,
+            bids_dir=str(place.bids_dir),
+            out_dir=str(place.out_dir),
+            method=target.method,
+        ),
+        name="write_tissues",
+        mem_gb=gigabytes,
+    )
+    workflow.connect([
+        (harmonize_wf, write, [(f"outputnode.{t}", t) for t in TISSUES]),
+        (preprocess_wf, write, [("outputnode.mask_file", "mask_file")]),
+        (record, write, [("record", "record")]),
+        (write, report, [("dseg_file", "dseg_file"), ("volumes", "tissue_volumes")]),
     ])  # fmt: skip

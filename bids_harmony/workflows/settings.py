@@ -144,6 +144,8 @@ class Target:
         Network that bounds adaptations, if any.
     options
         Values of the method's own options for harmonizing a scan.
+    segments
+        Whether the method gives tissues too.
     """
 
     method: str
@@ -166,6 +168,7 @@ class Target:
     adaptations: Mapping[tuple[str, str], AdaptTo] = field(default_factory=dict)
     segmentation: SegmentationFile | None = None
     options: Mapping[str, float] = field(default_factory=dict)
+    segments: bool = False
 
     @property
     def device_kind(self) -> str:

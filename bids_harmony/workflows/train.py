@@ -31,6 +31,7 @@ from bids_harmony.workflows.settings import Job, Preprocessing
 from bids_harmony.workflows.volumes import store_volumes
 
 _QUANTILES = 2001
+_PROBABILITY = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ def fit_reference(
             if kind.by_example:
                 model.place_on(training.device, training.threads)
                 model = model.towards(wanted, seed=job.prep.seed)
+            if kind.common:
+                model.place_on(training.device, training.threads)
+                meta |= common_meta(model, wanted, volumes, fit, job.prep)
         meta["scores"] |= model.scores()
         meta["training"] = {
             "preset": training.preset,
@@ -235,12 +239,11 @@ def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing, networks
 
 def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dict[str, Any]:
     """What the bundle says of its reference domain: name, scale and quantiles."""
-    probability = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     curves: dict[str, list[Any]] = {}
     scales: dict[str, list[IntensityScale]] = {}
     for volume, facts in zip(volumes, volumes.facts, strict=True):
         values = np.asarray(volume.data[volume.mask], dtype=np.float64)
-        curves.setdefault(volume.modality, []).append(mid_quantiles(values, probability))
+        curves.setdefault(volume.modality, []).append(mid_quantiles(values, _PROBABILITY))
         scales.setdefault(volume.modality, []).append(IntensityScale.from_dict(facts["scale"]))
     means = {m: np.mean(c, axis=0) for m, c in curves.items()}
     spread = {
@@ -258,6 +261,31 @@ def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dic
         "scores": {"mean Wasserstein distance of a training scan to their mean": spread},
         "output_scale": {m: median_scale(s).to_dict() for m, s in scales.items()},
         "reference_quantiles": {m: np.round(q, 6).tolist() for m, q in means.items()},
+    }
+
+
+def common_meta(
+    model: Method,
+    wanted: StoredVolumes,
+    volumes: StoredVolumes,
+    fit: Fit,
+    prep: Preprocessing,
+) -> dict[str, Any]:
+    """What a bundle says whose method leads all sites to one appearance.
+
+    How intensities are distributed there is seen on the reference's own scans.
+    """
+    sites = ", ".join(sorted({facts["site"] for facts in volumes.facts}))
+    curves: dict[str, list[Any]] = {}
+    for volume in wanted:
+        data = model.harmonize(volume, seed=prep.seed).data
+        values = np.asarray(data[volume.mask], dtype=np.float64)
+        curves.setdefault(volume.modality, []).append(mid_quantiles(values, _PROBABILITY))
+    return {
+        "common": f"common appearance of {sites}, units of {reference_words(fit.reference)}",
+        "reference_quantiles": {
+            m: np.round(np.mean(found, axis=0), 6).tolist() for m, found in curves.items()
+        },
     }
 
 

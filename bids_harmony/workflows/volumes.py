@@ -12,8 +12,12 @@ from nipype.pipeline.engine import Node, Workflow
 
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.tissue_labels import TissueLabels, find_tissue_labels
+from bids_harmony.errors import ExitCode
+from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.ants import ApplyTransform
 from bids_harmony.interfaces.files import sha256
+from bids_harmony.interfaces.tissues import ReadTissueLabels
 from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.base import NATIVE_GRID, Contract
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
@@ -51,6 +55,10 @@ def store_volumes(
     label = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     folder = job.place.work_dir / "volumes" / label
     folder.mkdir(parents=True, exist_ok=True)
+    labels, refused = _labels(scans, job) if contract.labels else ({}, [])
+    for outcome in refused:
+        on_outcome(outcome)
+    scans = [s for s in scans if s.stem in labels] if contract.labels else scans
     given = {s.stem: find_given(s, job.folders, job.prep, job.place.out_dir) for s in scans}
     keys = {
         s.stem: {
@@ -58,6 +66,7 @@ def store_volumes(
             "Site": s.site,
             "Session": s.session or "",
             "Given": given_files(given[s.stem], job.place.out_dir),
+            **({"Labels": _labels_key(labels[s.stem])} if contract.labels else {}),
         }
         for s in scans
     }
@@ -66,7 +75,7 @@ def store_volumes(
     def build(scan: Scan) -> Workflow:
         return _init_volume_wf(
             scan=scan, job=job, contract=contract, grid_file=grid_file, given=given[scan.stem],
-            stem=folder / scan.stem, key=keys[scan.stem],
+            stem=folder / scan.stem, key=keys[scan.stem], labels=labels.get(scan.stem),
         )  # fmt: skip
 
     outcomes = run_scans(
@@ -79,9 +88,28 @@ def store_volumes(
         on_outcome=on_outcome,
         label=f"train_{label}",
     )
-    return [
-        folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])
-    ], outcomes
+    stems = [folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])]
+    return stems, [*refused, *outcomes]
+
+
+def _labels(scans: Sequence[Scan], job: Job) -> tuple[dict[str, TissueLabels], list[Outcome]]:
+    """Tissue labels by stem, and a refusal of each scan that has none."""
+    found, refused = {}, []
+    for scan in scans:
+        labels, notes = find_tissue_labels(scan, job.folders)
+        if labels is not None:
+            found[scan.stem] = labels
+            continue
+        why = "; ".join(notes) or "name derivatives that have them with --derivatives"
+        message = f"{scan.path}: no tissue labels to learn from: {why}"
+        refused.append(Outcome(scan.stem, scan.subject, "refused", message, ExitCode.DATA))
+    return found, refused
+
+
+def _labels_key(labels: TissueLabels) -> dict[str, str]:
+    """Source and checksums of a scan's labels: labels that were mended are others."""
+    sums = {name: sha256(path)[:12] for name, path in sorted(labels.files.items())}
+    return {"source": labels.source, **sums}
 
 
 def _is_stored(stem: Path, scan: Scan, key: Mapping[str, Any]) -> bool:
@@ -101,6 +129,7 @@ def _init_volume_wf(
     given: Precomputed,
     stem: Path,
     key: dict[str, Any],
+    labels: TissueLabels | None,
 ) -> Workflow:
     """Preprocessing of one scan, and its volume on the model's grid."""
     prep = job.prep
@@ -122,9 +151,16 @@ def _init_volume_wf(
         (preprocess_wf, store, [("outputnode.scale", "scale"),
                                 ("outputnode.checksum", "checksum")]),
     ])  # fmt: skip
-    for field, interpolation in (("scaled_file", "linear"), ("mask_file", "nearestNeighbor")):
+    moved = [
+        (preprocess_wf, f"outputnode.{field}", field, interpolation)
+        for field, interpolation in (("scaled_file", "linear"), ("mask_file", "nearestNeighbor"))
+    ]
+    if labels is not None:
+        read = _read_labels(workflow, labels, contract, size)
+        moved += [(read, tissue, tissue, "linear") for tissue in TISSUES]
+    for source, output, field, interpolation in moved:
         if contract.grid == NATIVE_GRID:
-            workflow.connect(preprocess_wf, f"outputnode.{field}", store, field)
+            workflow.connect(source, output, store, field)
             continue
         to_grid = Node(
             ApplyTransform(
@@ -138,9 +174,23 @@ def _init_volume_wf(
             mem_gb=size,
         )
         workflow.connect([
-            (preprocess_wf, to_grid, [
-                (f"outputnode.{field}", "in_file"), ("outputnode.transform_file", "transforms"),
-            ]),
+            (source, to_grid, [(output, "in_file")]),
+            (preprocess_wf, to_grid, [("outputnode.transform_file", "transforms")]),
             (to_grid, store, [("out_file", field)]),
         ])  # fmt: skip
     return workflow
+
+
+def _read_labels(
+    workflow: Workflow, labels: TissueLabels, contract: Contract, size: float
+) -> Node:
+    """Shares of the tissues in the scan's world space; on a native contract on its grid."""
+    files = {name: str(path) for name, path in labels.files.items()}
+    read = Node(
+        ReadTissueLabels(files=files, mapping=dict(labels.mapping)), name="labels", mem_gb=size
+    )
+    workflow.add_nodes([read])
+    if contract.grid == NATIVE_GRID:
+        source = workflow.get_node("preprocess_wf")
+        workflow.connect(source, "outputnode.scaled_file", read, "grid_file")
+    return read

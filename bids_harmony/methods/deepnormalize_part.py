@@ -1,0 +1,258 @@
+"""What deepNormalize learned of one modality, or of several together, and what it does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bids_harmony.imaging.tissues import TISSUES, dice
+from bids_harmony.methods.base import Training, Volume
+from bids_harmony.methods.deepnormalize_training import (
+    Preset,
+    box_of,
+    labelled_brain,
+    split,
+    train_normalizer,
+)
+from bids_harmony.methods.likeness import Likeness, rank_cells
+from bids_harmony.methods.tone import load_arrays, state_arrays
+from bids_harmony.methods.training_files import brains_png, curves_csv, training_png
+from bids_harmony.networks.deepnormalize import NormalizerNetworks
+from bids_harmony.training.fit import Trained
+from bids_harmony.training.normalizer_losses import divergence, histograms
+from bids_harmony.training.tissue_cubes import LabelledBrain
+
+_AT_ONCE = 4
+#: A tissue's share is odd beyond so many deviations of the training's, at least beyond so much.
+_ODD, _LEAST_ODD = 4.0, 0.05
+
+
+@dataclass(frozen=True)
+class Part:
+    """Networks and limits of modalities that are normalized together.
+
+    Attributes
+    ----------
+    networks
+        In eval mode.
+    modalities
+        In the order of the networks' channels.
+    likeness
+        Where bright and dark tissue lie in training brains of the first modality.
+    shares
+        Mean and deviation of each tissue's share of a training brain, (3, 2).
+    scores
+        Held-out scores and facts of the training.
+    """
+
+    networks: NormalizerNetworks
+    modalities: tuple[str, ...]
+    likeness: Likeness
+    shares: NDArray[np.float64]
+    scores: Mapping[str, Any]
+
+    def to(self, device: str) -> None:
+        """Move the networks."""
+        self.networks.to(device)
+
+    def odd_shares(self, tissues: NDArray[np.float32], mask: NDArray[np.bool_]) -> list[str]:
+        """Sentences on tissues (3, X, Y, Z) with another share of the brain than in training."""
+        found = tissues[:, mask].mean(axis=1)
+        limits = np.maximum(_ODD * self.shares[:, 1], _LEAST_ODD)
+        return [
+            f"{name} is {share:.0%} of the brain as segmented; in training scans {mean:.0%}. "
+            "Look at the segmentation before you use it or the scan."
+            for name, share, (mean, _), limit in zip(
+                TISSUES, found, self.shares, limits, strict=True
+            )
+            if abs(share - mean) > limit
+        ]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Weights, likeness and shares."""
+        return {
+            **self.likeness.arrays(),
+            **state_arrays(self.networks, "networks"),
+            "shares": self.shares,
+        }
+
+    def params(self) -> dict[str, Any]:
+        """JSON-serialisable form of the rest."""
+        return {
+            "networks": self.networks.config(),
+            "modalities": list(self.modalities),
+            "scores": dict(self.scores),
+        }
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
+        """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
+        networks = NormalizerNetworks.from_config(params["networks"])
+        load_arrays(networks, arrays, "networks")
+        networks.requires_grad_(False)
+        torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return cls(
+            networks,
+            tuple(params["modalities"]),
+            Likeness.from_arrays(arrays),
+            np.array(arrays["shares"], dtype=np.float64),
+            params["scores"],
+        )
+
+
+@torch.no_grad()
+def normalized_brain(
+    networks: NormalizerNetworks, images: Tensor, mask: Tensor, stride: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A whole brain in overlapping cubes whose results are averaged (paper, 2.3).
+
+    Parameters
+    ----------
+    networks
+        On any device.
+    images, mask
+        Shape (C, X, Y, Z) and (X, Y, Z), on the CPU; the mask is not empty.
+    stride
+        From cube to cube, in voxels, up to the cubes' edge.
+
+    Returns
+    -------
+    normalized, tissues
+        Shape (C, X, Y, Z), and probabilities of CSF, grey and white matter (3, X, Y, Z); both 0
+        outside the mask.
+    """
+    device = next(networks.parameters()).device
+    box = (slice(None), *box_of(mask))
+    inside = mask[None].float()
+
+    def both(cubes: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = networks.normalize(cubes[:, :-1], cubes[:, -1:])
+        return drawn, networks.segment(drawn).exp()[:, 1:]
+
+    found = sliding_window_inference(
+        torch.cat((images, inside))[box][None],
+        (networks.side,) * 3,
+        _AT_ONCE,
+        both,
+        overlap=1 - stride / networks.side,
+        sw_device=device,
+        device="cpu",
+    )
+    whole = []
+    for part in found:
+        full = torch.zeros(part.shape[1], *mask.shape)
+        full[box] = torch.as_tensor(part)[0].cpu()
+        whole.append((full * inside).numpy())
+    return whole[0], whole[1]
+
+
+def fit_part(
+    sessions: Sequence[Mapping[str, Volume]],
+    preset: Preset,
+    strength: float,
+    seed: int,
+    training: Training,
+) -> tuple[Part, dict[str, bytes]]:
+    """Train everything for some modalities that every session has.
+
+    Returns
+    -------
+    part, files
+        What was learned; training curves and pictures.
+
+    Raises
+    ------
+    ScanError
+        If a brain is unusable or has no labels, or too few sites or subjects are left.
+    """
+    brains = [labelled_brain(session) for session in sessions]
+    learn, apart = split(brains)
+    networks, run = train_normalizer(learn, apart, preset, strength, seed, training)
+    spacing = (preset.resolution,) * 3
+    cells = {b.name: rank_cells(b.images[0], b.mask, spacing)[0] for b in brains}
+    alike = Likeness.of(*([cells[b.name] for b in group] for group in (learn, apart)))
+    shares = np.array(
+        [[float((b.labels[b.mask] == k).float().mean()) for k in TISSUES.values()] for b in learn]
+    )
+    results = {
+        b.name: normalized_brain(networks, b.images, b.mask, preset.side // 2) for b in apart
+    }
+    networks.cpu()
+    modalities = tuple(sorted(sessions[0]))
+    scores = {**_facts(learn, apart, run), **_held_out_scores(apart, results)}
+    normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
+    part = Part(networks, modalities, alike, normal, scores)
+    files = {
+        "curves.csv": curves_csv({"normalizer": run}),
+        "training.png": training_png({"normalizer": run}),
+        "normalized.png": _picture(apart, results),
+    }
+    return part, files
+
+
+def _held_out_scores(
+    brains: Sequence[LabelledBrain],
+    results: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+) -> dict[str, Any]:
+    """Dice of each tissue, and how far the sites' intensities differ before and after."""
+    rows = []
+    for brain in brains:
+        tissues = results[brain.name][1]
+        rest = 1 - tissues.sum(axis=0, keepdims=True)
+        labels = np.concatenate((rest, tissues)).argmax(axis=0) * brain.mask.numpy()
+        rows.append(dice(brain.labels.numpy(), labels, TISSUES.values()))
+    sites = sorted({brain.site for brain in brains})
+    counts = {"before": torch.zeros(()), "after": torch.zeros(())}
+    for brain in brains:
+        site, inside = torch.tensor([sites.index(brain.site)]), brain.mask[None, None].float()
+        after = torch.from_numpy(results[brain.name][0])
+        for when, image in (("before", brain.images), ("after", after)):
+            counts[when] = counts[when] + histograms(image[None], inside, site, len(sites))
+    return {
+        "held_out_dice": {
+            name: round(float(np.nanmean([row[number] for row in rows])), 4)
+            for name, number in TISSUES.items()
+        },
+        "held_out_divergence_of_sites_bits": {
+            when: round(divergence(found), 5) for when, found in counts.items()
+        },
+    }
+
+
+def _facts(
+    learn: Sequence[LabelledBrain], apart: Sequence[LabelledBrain], run: Trained
+) -> dict[str, Any]:
+    """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
+    return {
+        "sites": {
+            site: sum(brain.site == site for brain in learn)
+            for site in sorted({brain.site for brain in learn})
+        },
+        "held_out_subjects": len({brain.subject for brain in apart}),
+        "steps": run.steps,
+        "rejected_steps": run.rejected,
+        "best_held_out": round(run.best, 5),
+        "stop_reason": run.stop_reason,
+    }
+
+
+def _picture(
+    brains: Sequence[LabelledBrain],
+    results: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+) -> bytes:
+    """The first held-out brain of each site, before and after, and its tissues."""
+    rows: dict[str, NDArray[np.float32]] = {}
+    for site in sorted({brain.site for brain in brains}):
+        brain = next(b for b in brains if b.site == site)
+        image, tissues = results[brain.name]
+        rows[f"held-out scan of {site}"] = brain.images[0].numpy()
+        rows[f"{site}, normalized"] = image[0]
+        rows[f"{site}, tissues"] = np.tensordot((0.33, 0.66, 1.0), tissues, 1).astype(np.float32)
+    return brains_png(rows)

@@ -1,0 +1,111 @@
+"""What the networks of deepNormalize minimise (Delisle et al. 2021, equations 1 to 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bids_harmony.networks.deepnormalize import BRIGHTEST, CLASSES, NormalizerNetworks
+from bids_harmony.training.tissue_cubes import TissueBatch
+
+#: Of background, CSF, grey matter and white matter (paper, 2.1).
+WEIGHTS = (0.22, 0.30, 0.20, 0.28)
+_LEAST = 1.0  # voxels: epsilon of equation 1
+_BINS = 64
+
+
+def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
+    """1 - weighted Dice (equation 1).
+
+    Parameters
+    ----------
+    found
+        Logarithms of class probabilities, (B, 4, X, Y, Z).
+    labels
+        Class of each voxel, (B, X, Y, Z).
+    """
+    weights = torch.tensor(WEIGHTS, device=found.device)
+    probability = found.exp().movedim(1, 0).flatten(1)
+    truth = functional.one_hot(labels, CLASSES).movedim(-1, 0).flatten(1).to(probability.dtype)
+    shared = (weights * (probability * truth).sum(1)).sum()
+    total = (weights * (probability.sum(1) + truth.sum(1))).sum()
+    return 1 - (_LEAST + 2 * shared) / (_LEAST + total)
+
+
+def discriminator_loss(networks: NormalizerNetworks, batch: TissueBatch) -> Tensor:
+    """Negative log-likelihood of real cubes' sites and of the class of generated ones.
+
+    Raises
+    ------
+    ValueError
+        If the networks have no discriminator.
+    """
+    judge = networks.discriminator
+    if judge is None:
+        raise ValueError("the networks have no discriminator")
+    with torch.no_grad():
+        drawn = networks.normalize(batch.shown, batch.mask)
+    generated = torch.full_like(batch.sites, networks.sites)
+    real = functional.nll_loss(judge(batch.clean), batch.sites)
+    return real + functional.nll_loss(judge(drawn), generated)
+
+
+def deception(found: Tensor) -> Tensor:
+    """How far the discriminator is from taking generated cubes for any site's alike.
+
+    Cross-entropy to equal probabilities of all real sites. The paper asks only that the class of
+    generated cubes be unlikely (equation 3), which the identity satisfies as well: each scan then
+    looks like its own site. Equal probabilities are what its theorem expects in the end.
+
+    Parameters
+    ----------
+    found
+        Logarithms of probabilities (B, sites + 1).
+    """
+    return -found[:, :-1].mean()
+
+
+def normalizer_loss(networks: NormalizerNetworks, batch: TissueBatch, strength: float) -> Tensor:
+    """Segmentation loss of the normalized cubes, and `strength` (lambda) times `deception`."""
+    drawn = networks.normalize(batch.shown, batch.mask)
+    loss = segmentation_loss(networks.segment(drawn), batch.labels)
+    if networks.discriminator is None:
+        return loss
+    return loss + strength * deception(networks.discriminator(drawn))
+
+
+def histograms(drawn: Tensor, mask: Tensor, sites: Tensor, count: int) -> Tensor:
+    """Intensity histograms of the brain voxels of each site's cubes, (count, 64), counts.
+
+    Parameters
+    ----------
+    drawn, mask
+        Shape (B, C, X, Y, Z) and (B, 1, X, Y, Z); of several modalities the first counts.
+    sites
+        Class of each cube, (B,).
+    count
+        Of sites.
+    """
+    rows = []
+    for site in range(count):
+        chosen = sites == site
+        values = drawn[chosen][:, :1][mask[chosen] > 0]
+        rows.append(torch.histc(values.float(), _BINS, 0, BRIGHTEST))
+    return torch.stack(rows)
+
+
+def divergence(counts: Tensor) -> float:
+    """Jensen-Shannon divergence of several histograms (K, bins), bits; 0 to log2 K.
+
+    Empty histograms are left out.
+    """
+    kept = counts[counts.sum(1) > 0].double()
+    if len(kept) < 2:
+        return 0.0
+    shares = kept / kept.sum(1, keepdim=True)
+
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0))
+
+    return float(entropy(shares.mean(0)) - entropy(shares).mean())
