@@ -113,6 +113,8 @@ def normalized_brain(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A whole brain in overlapping cubes whose results are averaged (paper, 2.3).
 
+    What was drawn near the edge of a cube counts less (Gaussian weights): it lacks surroundings.
+
     Parameters
     ----------
     networks
@@ -142,6 +144,7 @@ def normalized_brain(
         _AT_ONCE,
         both,
         overlap=1 - stride / networks.side,
+        mode="gaussian",
         sw_device=device,
         device="cpu",
     )

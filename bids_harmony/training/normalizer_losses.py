@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -106,6 +108,6 @@ def divergence(counts: Tensor) -> float:
     shares = kept / kept.sum(1, keepdim=True)
 
     def entropy(p: Tensor) -> Tensor:
-        return -torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0))
+        return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
 
     return float(entropy(shares.mean(0)) - entropy(shares).mean())

@@ -1,0 +1,427 @@
+"""deepNormalize: losses, cubes, networks, whole brains, labels from derivatives, its outputs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import nibabel as nb
+import numpy as np
+import pytest
+from conftest import DataSet, call, give_transform, quick
+from scipy.spatial.distance import jensenshannon
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning")
+pytest.importorskip("monai")
+
+import contrast_brains  # noqa: E402
+
+from bids_harmony.errors import ScanError, UsageError  # noqa: E402
+from bids_harmony.imaging.tissues import TISSUES  # noqa: E402
+from bids_harmony.interfaces.files import load  # noqa: E402
+from bids_harmony.interfaces.tissues import labels_of, tissue_shares  # noqa: E402
+from bids_harmony.methods.base import Training  # noqa: E402
+from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
+from bids_harmony.methods.deepnormalize import DeepNormalize, PreProcessor  # noqa: E402
+from bids_harmony.methods.deepnormalize_part import normalized_brain  # noqa: E402
+from bids_harmony.methods.deepnormalize_training import (  # noqa: E402
+    box_of,
+    labelled_brain,
+    split,
+    stacked,
+)
+from bids_harmony.networks.deepnormalize import (  # noqa: E402
+    BRIGHTEST,
+    DomainDiscriminator,
+    NormalizerNetworks,
+)
+from bids_harmony.networks.unet3d import UNet3d  # noqa: E402
+from bids_harmony.training.fit import Plan  # noqa: E402
+from bids_harmony.training.normalizer_losses import (  # noqa: E402
+    WEIGHTS,
+    deception,
+    discriminator_loss,
+    divergence,
+    histograms,
+    normalizer_loss,
+    segmentation_loss,
+)
+from bids_harmony.training.tissue_cubes import (  # noqa: E402
+    TissueDrawer,
+    bias_field,
+    cut_cube,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def labelled(seed, site="a", modality="T1w"):
+    """A synthetic scan with its known tissues: 1 fluid, 2 grey, 3 white matter."""
+    volume = contrast_brains.scan(seed, site, modality)
+    labels, mask = contrast_brains.anatomy(seed)
+    tissues = np.where(mask, np.array([1, 2, 3], np.uint8)[labels], 0).astype(np.uint8)
+    return replace(volume, labels=tissues)
+
+
+VOLUMES = [labelled(seed, "a") for seed in (1, 2, 3)] + [labelled(seed, "b") for seed in (4, 5, 6)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_segmentation_loss_is_equation_1():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(2, 4, 5, 6, 7))
+    share = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    labels = rng.integers(0, 4, (2, 5, 6, 7))
+    above, below = 0.0, 0.0
+    for number, weight in enumerate((0.22, 0.30, 0.20, 0.28)):  # background, CSF, GM, WM
+        truth = labels == number
+        above += weight * (share[:, number] * truth).sum()
+        below += weight * (share[:, number].sum() + truth.sum())
+    found = segmentation_loss(torch.from_numpy(np.log(share)).float(), torch.from_numpy(labels))
+    assert float(found) == pytest.approx(1 - (1 + 2 * above) / (1 + below), abs=1e-5)
+    assert WEIGHTS == (0.22, 0.30, 0.20, 0.28)
+    perfect = torch.full((1, 4, 2, 2, 2), -30.0)
+    perfect[:, 3] = 0
+    whole = torch.full((1, 2, 2, 2), 3)
+    assert float(segmentation_loss(perfect, whole)) == pytest.approx(0, abs=1e-6)
+    assert float(segmentation_loss(perfect, whole - 1)) > 0.7
+
+
+def test_deception_is_least_where_all_sites_are_as_likely():
+    even = torch.log(torch.tensor([[1 / 3, 1 / 3, 1 / 3, 1e-9]]))
+    assert float(deception(even)) == pytest.approx(np.log(3), abs=1e-6)
+    own_site = torch.log(torch.tensor([[0.98, 0.01, 0.01, 1e-9]]))  # what the identity gives
+    seen_through = torch.log(torch.tensor([[0.1, 0.1, 0.1, 0.7]]))
+    assert float(deception(own_site)) > float(deception(even)) + 1
+    assert float(deception(seen_through)) > float(deception(even)) + 1
+
+
+def networks(channels=1, sites=2, **kwargs):
+    torch.manual_seed(0)
+    return NormalizerNetworks(channels, sites, (4, 8), side=16, **kwargs)
+
+
+def drawer(brains=None, **kwargs):
+    brains = brains or [labelled_brain({v.modality: v}) for v in VOLUMES]
+    return TissueDrawer(brains, ("a", "b"), side=16, count=6, **kwargs)
+
+
+def test_discriminator_learns_sites_and_what_was_generated():
+    nets, batch = networks().eval(), drawer()(generator())
+    drawn = nets.normalize(batch.shown, batch.mask)
+    real, made = nets.discriminator(batch.clean), nets.discriminator(drawn)
+    expected = -real[range(6), batch.sites].mean() - made[:, 2].mean()
+    found = discriminator_loss(nets, batch)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+    nets.zero_grad()
+    discriminator_loss(nets, batch).backward()
+    moved = [name for name, p in nets.named_parameters() if p.grad is not None]
+    assert moved
+    assert all(name.startswith("discriminator.") for name in moved)
+    with pytest.raises(ValueError, match="no discriminator"):
+        discriminator_loss(networks(discriminator=False), batch)
+
+
+def test_lambda_weighs_the_discriminator():
+    nets, batch = networks().eval(), drawer()(generator())
+    drawn = nets.normalize(batch.shown, batch.mask)
+    alone = segmentation_loss(nets.segment(drawn), batch.labels)
+    fooled = deception(nets.discriminator(drawn))
+    for strength in (0.0, 0.1, 5.0):
+        found = normalizer_loss(nets, batch, strength).item()
+        assert found == pytest.approx((alone + strength * fooled).item(), abs=1e-5)
+    plain = networks(discriminator=False).eval()
+    plain.load_state_dict(
+        {k: v for k, v in nets.state_dict().items() if not k.startswith("discriminator")}
+    )
+    assert normalizer_loss(plain, batch, 1.5).item() == pytest.approx(alone.item(), abs=1e-6)
+
+
+def test_divergence_against_scipy():
+    rng = np.random.default_rng(1)
+    p, q = rng.random(64), rng.random(64) ** 3
+    found = divergence(torch.from_numpy(np.stack((p, 7 * q))))
+    assert found == pytest.approx(jensenshannon(p, q, base=2) ** 2, abs=1e-9)
+    apart = torch.eye(3, 64)
+    assert divergence(apart) == pytest.approx(np.log2(3), abs=1e-9)
+    assert divergence(torch.stack((apart[0], torch.zeros(64)))) == 0
+    images, mask = torch.rand(4, 1, 5, 5, 5), torch.ones(4, 1, 5, 5, 5)
+    mask[:, :, 0] = 0
+    counts = histograms(images, mask, torch.tensor([0, 0, 1, 0]), 2)
+    assert counts.sum(1).tolist() == [300, 100]
+    expected, _ = np.histogram(images[2, 0, 1:].numpy(), 64, (0, BRIGHTEST))
+    assert counts[1].tolist() == expected.tolist()
+
+
+def test_bias_field_is_equation_7():
+    found = bias_field(200, 0.6)
+    np.testing.assert_allclose(found, np.arange(200) / 200 * 0.6 + 0.4, rtol=1e-6)
+    assert bool((bias_field(50, 0.0) == 1).all())
+
+
+def test_cubes_are_drawn_evenly_on_tissue_and_half_of_them_shaded():
+    draw = drawer()
+    batches = [draw(generator(seed)) for seed in range(60)]
+    sites = torch.cat([b.sites for b in batches]).float()
+    assert float(sites.mean()) == pytest.approx(0.5, abs=0.08)
+    shaded = torch.cat([(b.shown != b.clean).flatten(1).any(1) for b in batches]).float()
+    assert float(shaded.mean()) == pytest.approx(0.5, abs=0.08)
+    for batch in batches[:10]:
+        assert bool((batch.labels[:, 8, 8, 8] > 0).all() | (batch.labels[:, 7, 8, 8] > 0).any())
+        assert bool((batch.shown <= batch.clean + 1e-6).all()), "the field only darkens"
+        inside = batch.clean[:, 0][batch.labels == 3]
+        assert float(inside.mean()) > float(batch.clean[:, 0][batch.labels == 1].mean()) + 0.2
+        assert not batch.clean[batch.mask == 0].any()
+    again = draw(generator(3))
+    assert all(torch.equal(a, b) for a, b in zip(again, batches[3], strict=True))
+    clean = drawer(biased=False)(generator(0))
+    assert torch.equal(clean.shown, clean.clean)
+
+
+def test_a_cube_at_the_edge_is_filled_with_nothing():
+    image = torch.arange(1, 25, dtype=torch.float32).view(1, 2, 3, 4)
+    cube = cut_cube(image, (0, 2, 3), 4)
+    assert cube.shape == (1, 4, 4, 4)
+    assert float(cube[0, 2, 2, 2]) == float(image[0, 0, 2, 3])
+    assert float(cube.sum()) == float(image[0, :, 0:, 1:].sum())
+
+
+def test_untrained_networks_leave_a_brain_as_it_is_without_seams():
+    nets = networks().eval()
+    images, mask = stacked([VOLUMES[0]])
+    for stride in (16, 8, 5):
+        found, tissues = normalized_brain(nets, images, mask, stride)
+        inside = mask.numpy()
+        wanted = np.clip(images[0].numpy(), 0.005, BRIGHTEST - 0.005)
+        np.testing.assert_allclose(found[0][inside], wanted[inside], atol=1e-4)
+        assert not found[0][~inside].any()
+        assert tissues.shape == (3, *mask.shape)
+        assert not tissues[:, ~inside].any()
+        assert tissues.min() >= 0
+        assert tissues.sum(0).max() <= 1 + 1e-5
+
+
+def test_networks_know_their_sizes():
+    nets = networks(channels=2, sites=3)
+    again = NormalizerNetworks.from_config(json.loads(json.dumps(nets.config())))
+    again.load_state_dict(nets.state_dict())
+    assert UNet3d.from_config(nets.generator.config()).widths == (4, 8)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        nets.generator(torch.zeros(1, 2, 15, 16, 16))
+    with pytest.raises(ValueError, match="two levels"):
+        UNet3d(1, 1, (8,))
+    with pytest.raises(ValueError, match="cannot be halved four times"):
+        DomainDiscriminator(1, 2, 24)
+    found = nets.discriminator(torch.rand(2, 2, 16, 16, 16)).exp()
+    assert found.shape == (2, 4)
+    assert found.sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_scans_that_cannot_be_learned_from():
+    plain = contrast_brains.scan(1)
+    with pytest.raises(ScanError, match=r"sub-01_a_T1w: it has no tissue labels"):
+        labelled_brain({"T1w": plain})
+    few = replace(plain, labels=np.zeros(plain.mask.shape, np.uint8))
+    with pytest.raises(ScanError, match="less than half of the brain mask has a tissue label"):
+        labelled_brain({"T1w": few})
+    brains = [labelled_brain({"T1w": v}) for v in VOLUMES]
+    with pytest.raises(ScanError, match="two sites or more are needed, and all are of a"):
+        split(brains[:3])
+    with pytest.raises(ScanError, match="two subjects or more are needed"):
+        split([brains[0], brains[3]])
+    learn, apart = split(brains)
+    assert {b.subject for b in learn} == {"01", "02", "04", "05"}
+    assert {b.subject for b in apart} == {"03", "06"}
+    box = box_of(torch.from_numpy(VOLUMES[0].mask))
+    assert brains[0].mask.shape == tuple(s.stop - s.start for s in box)
+    assert int(brains[0].labels.gt(0).sum()) == int((VOLUMES[0].labels > 0).sum())
+
+
+SMALL = replace(
+    DeepNormalize.presets_by_name["cpu"],
+    widths=(4, 8),
+    side=16,
+    batch=4,
+    plan=Plan(8, 2e-3, every=4, half=False),
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(DeepNormalize, "presets_by_name", {"cpu": SMALL})
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeepNormalize, "presets_by_name", {"cpu": SMALL})
+        yield DeepNormalize.fit(VOLUMES, seed=0)
+
+
+def test_a_model_gives_a_brain_and_its_tissues(fitted, tmp_path, small):
+    scan = contrast_brains.scan(20, "b")
+    done = fitted.harmonize(scan, seed=0)
+    assert done.data.shape == scan.data.shape
+    assert 0 <= done.data.min() <= done.data.max() <= BRIGHTEST
+    assert not done.data[~scan.mask].any()
+    assert done.tissues.shape == (3, *scan.data.shape)
+    shares = done.tissues[:, scan.mask].mean(axis=1)
+    told = done.details["tissue_shares"]
+    assert [told[k] for k in TISSUES] == pytest.approx(shares, abs=1e-4)
+    save_bundle(tmp_path / "model", fitted, meta={"name": "x", "reference": "a"})
+    again = load_bundle(tmp_path / "model").method.harmonize(scan, seed=1)
+    assert np.array_equal(again.data, done.data)
+    assert np.array_equal(again.tissues, done.tissues)
+    scores = fitted.scores()["T1w"]
+    assert set(scores["held_out_dice"]) == set(TISSUES)
+    assert scores["sites"] == {"a": 2, "b": 2}
+    assert fitted.files()["T1w_normalized.png"].startswith(b"\x89PNG")
+    assert fitted.contract.labels
+
+
+def test_the_stride_is_an_option(fitted):
+    scan = contrast_brains.scan(20, "b")
+    made = DeepNormalize.from_state(fitted.arrays(), fitted.params())
+    made.take_options({"stride": 16.0})
+    coarse = made.harmonize(scan, seed=0)
+    made.take_options({"stride": 4.0})
+    fine = made.harmonize(scan, seed=0)
+    assert (coarse.details["stride_voxels"], fine.details["stride_voxels"]) == (16, 4)
+    assert not np.array_equal(coarse.data, fine.data)
+    made.take_options({"stride": 32.0})
+    assert made.harmonize(scan, seed=0).details["stride_voxels"] == 16, "no gaps between cubes"
+
+
+def test_what_cannot_be_is_refused(fitted, small):
+    scan = contrast_brains.scan(20, "b")
+    with pytest.raises(ScanError, match="trained on T1w only; train it on T2w too"):
+        fitted.harmonize(replace(scan, modality="T2w"), seed=0)
+    with pytest.raises(ScanError, match="mask is empty"):
+        fitted.harmonize(replace(scan, mask=np.zeros_like(scan.mask)), seed=0)
+    other = replace(contrast_brains.scan(20, "b", "T2w"), modality="T1w")
+    with pytest.raises(ScanError, match="elsewhere than in T1w brains"):
+        fitted.harmonize(other, seed=0)
+    with pytest.raises(UsageError, match="no preset 'huge'"):
+        DeepNormalize.fit(VOLUMES, seed=0, training=Training("huge"))
+    with pytest.raises(ScanError, match="no scan was given"):
+        DeepNormalize.fit([], seed=0)
+
+
+def test_shares_of_tissue_that_are_odd_are_told(fitted):
+    part = fitted._parts["T1w"]
+    mask = VOLUMES[0].mask
+    usual = np.zeros((3, *mask.shape), np.float32)
+    usual[:, mask] = part.shares[:, :1]
+    assert part.odd_shares(usual, mask) == []
+    odd = usual.copy()
+    odd[2, mask] += 0.3
+    (told,) = part.odd_shares(odd, mask)
+    assert told.startswith("WM is ")
+
+
+def test_the_pre_processor_has_no_discriminator(small):
+    made = PreProcessor.fit(VOLUMES, seed=0)
+    assert made._parts["T1w"].networks.discriminator is None
+    assert not [name for name in made.arrays() if "discriminator" in name]
+    none = DeepNormalize.fit(VOLUMES, seed=0, training=Training(options={"lambda": 0.0}))
+    assert none._parts["T1w"].networks.discriminator is None
+    scan = contrast_brains.scan(20, "a")
+    assert np.array_equal(made.harmonize(scan, seed=0).data, none.harmonize(scan, seed=0).data)
+
+
+@pytest.mark.slow
+def test_training_makes_sites_alike_and_finds_tissues(monkeypatch):
+    longer = replace(SMALL, widths=(8, 16), plan=Plan(900, 4e-3, every=100, half=False))
+    monkeypatch.setattr(
+        DeepNormalize, "presets_by_name", {"cpu": replace(longer, judge_rate=1e-3)}
+    )
+    more = [labelled(seed, "ab"[seed % 2]) for seed in range(30, 38)]
+    model = DeepNormalize.fit(VOLUMES + more, seed=0)
+    scores = model.scores()["T1w"]
+    assert min(scores["held_out_dice"].values()) > 0.75
+    bits = scores["held_out_divergence_of_sites_bits"]
+    assert bits["after"] < 0.5 * bits["before"]
+
+
+def test_labels_become_shares_and_shares_labels():
+    labels = np.array([[0.0, 7.0], [8.0, 9.0]])
+    shares = tissue_shares({"dseg": labels}, {7: "WM", 8: "CSF", 9: "GM"})
+    assert labels_of(shares).tolist() == [[0, 3], [1, 2]]
+    maps = {"CSF": np.array([0.2, 0.6]), "GM": np.array([0.1, 0.2]), "WM": np.array([0.3, 0.0])}
+    assert labels_of(tissue_shares(maps, {})).tolist() == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory, brains):
+    """Two people at each of two sites, skull-stripped, with labels in derivatives."""
+    folder = tmp_path_factory.mktemp("labelled")
+    made = DataSet(folder / "raw")
+    theirs = folder / "theirs"
+    for number, site in enumerate("AABBB", start=1):
+        label = f"0{number}"
+        data, affine = brains.brain(site, number, move=False)
+        path = made.scan(label, data, affine)
+        made.site(label, site)
+        give_transform(theirs, path)
+        if number < 5:
+            cuts = np.quantile(data[data > 0], (0.2, 0.6))
+            labels = np.where(data > 0, 1 + (data[..., None] > cuts).sum(-1), 0)
+            there = theirs / f"sub-{label}" / "anat" / f"sub-{label}_dseg.nii.gz"
+            nb.Nifti1Image(labels.astype(np.uint8), affine).to_filename(there)
+    (theirs / "dseg.tsv").write_text("index\tname\n1\tCSF\n2\tgrey matter\n3\twhite matter\n")
+    return made, folder
+
+
+def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, brains):
+    made, folder = cohort
+    out = folder / "out"
+    options = quick(folder / "work", folder / "theirs")
+    ran = call(made.root, out, "train", "--method", "deepnormalize", "--reference", "A", *options)
+    assert ran.code == 65, ran.out + ran.err
+    assert "no tissue labels to learn from: theirs: nothing for sub-05_T1w" in ran.line(
+        "sub-05_T1w"
+    )
+    bundle = load_bundle(out / "models" / "deepnormalize-A")
+    assert bundle.meta["training_sites"] == ["A", "B"]
+    assert bundle.meta["training_scans"] == {"T1w": 4}
+    assert bundle.meta["training"]["options"] == {"lambda": 1.5}
+    assert bundle.meta["common"] == "common appearance of A, B, units of A"
+    scan = ["participant", "--participant-label", "05", *options]
+    ran = call(made.root, out, *scan)
+    assert ran.code == 0, ran.out + ran.err
+    anat = out / "sub-05" / "anat"
+    raw, affine = load(made.path("05"))
+    image, found_affine = load(anat / "sub-05_desc-harmonized_T1w.nii.gz")
+    assert image.shape == raw.shape
+    labels, _ = load(anat / "sub-05_desc-deepnormalize_dseg.nii.gz")
+    maps = [load(anat / f"sub-05_label-{t}_desc-deepnormalize_probseg.nii.gz")[0] for t in TISSUES]
+    np.testing.assert_allclose(found_affine, affine, atol=1e-4)
+    assert labels.shape == raw.shape
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+    assert not labels[raw == 0].any()
+    rest = np.clip(1 - np.sum(maps, axis=0), 0, 1)
+    brain = raw > 0
+    assert np.array_equal(np.stack([rest, *maps]).argmax(0)[brain], labels[brain])
+    sidecar = json.loads((anat / "sub-05_desc-deepnormalize_dseg.json").read_text())
+    assert sidecar["ModelHash"] == bundle.hash
+    assert (out / "desc-deepnormalize_dseg.tsv").read_text().splitlines()[3] == (
+        "2\tgrey matter\tGM"
+    )
+    report = (out / "sub-05.html").read_text()
+    assert "Segmentation that came with the harmonization" in report
+    record = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
+    assert record["MethodOptions"] == {"stride": 16}
+    assert record["Reference"] == "common appearance of A, B, units of A"
+    assert (
+        call(made.root, out, *scan).line("sub-05_T1w").endswith("skipped: done by an earlier run")
+    )
+    (anat / "sub-05_desc-deepnormalize_dseg.nii.gz").unlink()
+    assert "harmonized" in call(made.root, out, *scan).line("sub-05_T1w")
+    assert (anat / "sub-05_desc-deepnormalize_dseg.nii.gz").is_file()
