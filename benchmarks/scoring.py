@@ -60,6 +60,14 @@ def distribution(before: Image, image: Image, truth: Image, mask: Mask) -> dict[
     return {"nwd_ip": moved, "nwd_tp": left}
 
 
+def towards_example(
+    before: Image, image: Image, mask: Mask, example: tuple[Image, Mask]
+) -> dict[str, float]:
+    """nWD as in the HAIL paper, in per cent: the target is one scan of the wanted site."""
+    moved, left = normalized_wasserstein(before, image, example[0], mask, target_mask=example[1])
+    return {"nwd_example_ip": moved, "nwd_example_tp": left}
+
+
 def jumps(before: Image, image: Image, truth: Image, mask: Mask) -> dict[str, float]:
     """Slice consistency along x, y, z, and the largest of its ratios to input and truth."""
     found = [slice_consistency(image, mask, k) for k in range(3)]
@@ -80,12 +88,15 @@ def tissues(labels: dict[str, NDArray[Any]], known: NDArray[Any]) -> dict[str, f
     """rAVD (%) of ``image`` to ``truth`` and to ``before``, and Dice with the known labels."""
     numbers = TISSUES.values()
     to_truth = relative_volume_difference(labels["truth"], labels["image"], numbers)
-    to_input = relative_volume_difference(labels["before"], labels["image"], numbers)
     overlap = dice(labels["image"], known, numbers)
-    scores: dict[str, float] = {}
+    scores = tissue_change(labels["before"], labels["image"])
     for name, number in TISSUES.items():
-        key = name.lower()
-        scores[f"ravd_{key}"] = to_truth[number]
-        scores[f"ravd_input_{key}"] = to_input[number]
-        scores[f"dice_{key}"] = overlap[number]
+        scores[f"ravd_{name.lower()}"] = to_truth[number]
+        scores[f"dice_{name.lower()}"] = overlap[number]
     return scores
+
+
+def tissue_change(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]:
+    """rAVD (%) of each tissue of a result to the input's (HAIL, equation 2)."""
+    found = relative_volume_difference(before, after, TISSUES.values())
+    return {f"ravd_input_{name.lower()}": found[number] for name, number in TISSUES.items()}

@@ -94,6 +94,20 @@ def scans_of(bids_dir: Path, participants: Sequence[str]) -> list[Scan]:
     return scans
 
 
+def example_of(cohort: Cohort, site: str) -> Scan:
+    """The one training scan of a site that shows its appearance: the first participant's.
+
+    Raises
+    ------
+    MissingInputError
+        If the cohort has none there.
+    """
+    found = [s for s in scans_of(cohort.bids_dir, cohort.training) if s.site == site]
+    if not found:
+        raise MissingInputError(f"the cohort has no training scan of {site}")
+    return min(found, key=lambda scan: scan.subject)
+
+
 def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
     """Bundle that leads a trial's scans to a reference; made unless it exists.
 
@@ -134,9 +148,10 @@ def _towards(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared
     suffix = "-by-one" if trial.one_example else ""
     folder = prep.model(f"{networks.name}-to-{to}{suffix}")
     if not is_bundle(folder):
-        people = _training(trial, prep, only=to, anywhere=True)
-        shown = people[0] if trial.one_example else to
-        wanted = people[:1] if trial.one_example else people
+        shown, wanted = to, _training(trial, prep, only=to, anywhere=True)
+        if trial.one_example:
+            shown = example_of(prep.cohort, to).subject
+            wanted = [shown]
         prep.run(
             "train", "--model", str(networks), "--reference", shown, "--name", folder.name,
             "--participant-label", *wanted, *_device(trial, prep), *table.options,

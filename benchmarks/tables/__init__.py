@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from benchmarks.harness import Table
-from benchmarks.tables import by_example
+from benchmarks.tables import by_example, real_sites
 from benchmarks.tables.blindharmony import BlindHarmony
 from benchmarks.tables.real_pair import RealPair
 from benchmarks.tables.travelling import Travelling
 from benchmarks.trials import Trial
 
 TABLES: dict[str, Table] = {
-    t.name: t for t in (BlindHarmony(), Travelling(), RealPair(), by_example.ByExample())
+    t.name: t
+    for t in (
+        BlindHarmony(),
+        Travelling(),
+        RealPair(),
+        by_example.ByExample(),
+        real_sites.RealSites(),
+    )
 }
 TRIALS: dict[str, Trial] = {
     t.label: t
@@ -24,5 +31,6 @@ TRIALS: dict[str, Trial] = {
         Trial("harmonizing-flows", "harmonizing-flows", ("--preset", "cpu"), neural=True),
         Trial("blindharmony", "blindharmony", ("--preset", "cpu"), neural=True),
         *by_example.TRIALS,
+        *real_sites.TRIALS,
     )
 }

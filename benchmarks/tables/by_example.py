@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from benchmarks.goals import Goal
+from benchmarks.harness import Case, Column, Prepared, View
+from benchmarks.scoring import towards_example
 from benchmarks.tables.travelling import RESOLUTION, SCORES, Travelling
-from benchmarks.trials import Trial
+from benchmarks.trials import Trial, example_of
 from bids_harmony.phantom.sites import REFERENCE
 
 NEAR, FAR, UNSEEN = "mprage15", "spgr3", "biased3"
@@ -61,17 +63,25 @@ class ByExample(Travelling):
         "that loss. CALAMITI and Dewey 2020 learn from T1w and T2w of all three sites and take "
         "the mean theta of the wanted site's five; `calamiti-narrow` and `calamiti-wide` learn "
         "from that pair only, and `calamiti-narrow-adapted` is the former after `train "
-        f"--adapt-to {FAR}`. " + SCORES
+        f"--adapt-to {FAR}`. " + SCORES + " The example's columns have the one scan of the wanted "
+        "site as target that HAIL is shown: another person's, as in the paper."
+    )
+    columns: ClassVar[tuple[Column, ...]] = (
+        *Travelling.columns[:4],
+        Column("nwd_example_ip", "nWD(i,p), example", "%", 1),
+        Column("nwd_example_tp", "nWD(t,p), example", "%", 1, "lower"),
+        *Travelling.columns[4:],
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "nyul", *(trial.label for trial in TRIALS),
     )  # fmt: skip
     controls: ClassVar[tuple[str, ...]] = (way(REFERENCE, REFERENCE),)
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
-        ("hail", "mean"): {"nwd_ip": 94.63, "nwd_tp": 11.87, "ravd_input_gm": 7.06,
-                           "ravd_input_wm": 13.42},
-        ("hail-without-consistency", "mean"): {"nwd_ip": 90.96, "nwd_tp": 15.16,
-                                               "ravd_input_gm": 10.70, "ravd_input_wm": 20.33},
+        ("hail", "mean"): {"nwd_example_ip": 94.63, "nwd_example_tp": 11.87,
+                           "ravd_input_gm": 7.06, "ravd_input_wm": 13.42},
+        ("hail-without-consistency", "mean"): {
+            "nwd_example_ip": 90.96, "nwd_example_tp": 15.16, "ravd_input_gm": 10.70,
+            "ravd_input_wm": 20.33},
         ("none", "C to D"): {"ssim": 0.8034, "psnr": 26.81},
         ("calamiti", "C to D"): {"ssim": 0.8814, "psnr": 29.82},
         ("calamiti", "D to C"): {"ssim": 0.8663, "psnr": 28.68},
@@ -82,7 +92,7 @@ class ByExample(Travelling):
         ("calamiti after adaptation", "D to C"): {"ssim": 0.8486, "psnr": 27.82},
     }  # fmt: skip
     goals: ClassVar[tuple[Goal, ...]] = (
-        Goal("HAIL: nWD(t,p) at most 8 %", "nwd_tp", 8.0, floor=False),
+        Goal("HAIL: nWD(t,p), example, at most 8 %", "nwd_example_tp", 8.0, floor=False),
         Goal("HAIL: rAVD GM at most 3 %", "ravd_gm", 3.0, floor=False),
         Goal("HAIL: rAVD WM at most 4 %", "ravd_wm", 4.0, floor=False),
         Goal("CALAMITI, wide pair: SSIM .08 above the input", "ssim", 0.08, above="none",
@@ -102,3 +112,11 @@ class ByExample(Travelling):
             (NEAR, FAR), (FAR, NEAR), (UNSEEN, REFERENCE), (REFERENCE, REFERENCE),
         )  # fmt: skip
         return {way(site, to): (site, to) for site, to in pairs}
+
+    def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
+        """Result against the truth, and against the one example of the wanted site."""
+        (scan,) = case.scans
+        shown = example_of(prep.cohort, case.to)
+        example = (prep.scaled(shown), prep.mask(shown))
+        near = towards_example(prep.scaled(scan), result(scan), prep.mask(scan), example)
+        return {**super().score(case, result, prep), **near}
