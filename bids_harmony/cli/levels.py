@@ -27,6 +27,7 @@ from bids_harmony.cli.outputs import (
 from bids_harmony.cli.progress import Progress, run_line
 from bids_harmony.config import DEFAULT_METHOD, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
+from bids_harmony.interfaces.tissues import tissue_label
 from bids_harmony.methods.base import NATIVE_GRID
 from bids_harmony.methods.registry import available
 from bids_harmony.methods.registry import load as load_method
@@ -261,4 +262,7 @@ def _descriptions(desc: str, target: Target | None) -> dict[str, str]:
     }
     if target is not None:
         made[desc] = f"harmonized with {target.title} (model {target.name}, {target.hash[:12]})"
+    if target is not None and target.segments:
+        label, words = tissue_label(target.method, desc), "tissues that came with it"
+        made[label] = f"{made[label]}; {words}" if label in made else f"{made[desc]}: {words}"
     return made

@@ -15,6 +15,7 @@ from bids_harmony.bids.dataset import bids_uri
 from bids_harmony.bids.names import derivative_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text, save_nifti, write_json
+from bids_harmony.config import DEFAULT_DESC
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.base import (
@@ -109,7 +110,7 @@ class _WriteTissuesInput(BaseInterfaceInputSpec):
     scan = traits.Any(mandatory=True)
     bids_dir = traits.Str(mandatory=True)
     out_dir = traits.Str(mandatory=True)
-    method = traits.Str(mandatory=True)
+    label = traits.Str(mandatory=True, desc="value of the desc entity")
     CSF = File(exists=True, mandatory=True, desc="probability on the raw grid")
     GM = File(exists=True, mandatory=True)
     WM = File(exists=True, mandatory=True)
@@ -145,7 +146,7 @@ class WriteTissues(TimedInterface):
             "ModelName": record["ModelName"],
             "ModelHash": record["ModelHash"],
         }
-        paths = tissue_paths(out_dir, scan, self.inputs.method)
+        paths = tissue_paths(out_dir, scan, self.inputs.label)
         written = []
         for tissue, path in paths.items():
             sidecar_path(path).unlink(missing_ok=True)
@@ -156,7 +157,7 @@ class WriteTissues(TimedInterface):
             write_json(sidecar_path(path), common)
             written.append(str(path))
         rows = [f"{number}\t{_LONG[name]}\t{name}" for name, number in TISSUES.items()]
-        table = out_dir / f"desc-{method_label(self.inputs.method)}_dseg.tsv"
+        table = out_dir / f"desc-{self.inputs.label}_dseg.tsv"
         text = "\n".join(["index\tname\tabbreviation", "0\tbackground\tBG", *rows]) + "\n"
         atomic_write_text(table, text)
         voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
@@ -167,15 +168,18 @@ class WriteTissues(TimedInterface):
         }
 
 
-def method_label(method: str) -> str:
-    """A method's name as it may stand in a file name."""
-    return "".join(letter for letter in method if letter.isalnum())
+def tissue_label(method: str, desc: str) -> str:
+    """Value of the desc entity of tissues: the method's name, or the run's own label if it has one.
+
+    Two models in one output folder have labels of their own, and so have their tissues.
+    """
+    named = "".join(letter for letter in method if letter.isalnum())
+    return named if desc == DEFAULT_DESC else desc
 
 
-def tissue_paths(out_dir: Path, scan: Scan, method: str) -> dict[str, Path]:
+def tissue_paths(out_dir: Path, scan: Scan, label: str) -> dict[str, Path]:
     """Where the segmentation (``dseg``) and the probability of each tissue go."""
-    desc = method_label(method)
     maps = {
-        t: derivative_path(out_dir, scan, desc=desc, label=t, suffix="probseg") for t in TISSUES
+        t: derivative_path(out_dir, scan, desc=label, label=t, suffix="probseg") for t in TISSUES
     }
-    return {**maps, "dseg": derivative_path(out_dir, scan, desc=desc, suffix="dseg")}
+    return {**maps, "dseg": derivative_path(out_dir, scan, desc=label, suffix="dseg")}

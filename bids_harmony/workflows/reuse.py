@@ -13,7 +13,7 @@ from bids_harmony.bids.names import derivative_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.report import fragment_path
-from bids_harmony.interfaces.tissues import tissue_paths
+from bids_harmony.interfaces.tissues import tissue_label, tissue_paths
 from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing
 
 
@@ -96,7 +96,8 @@ def is_done(
     if not fragment_path(place.out_dir, scan, place.desc).is_file():
         return False
     if segments:
-        for path in tissue_paths(place.out_dir, scan, str(settings["Method"])).values():
+        label = tissue_label(str(settings["Method"]), place.desc)
+        for path in tissue_paths(place.out_dir, scan, label).values():
             words = _read(sidecar_path(path)) or {}
             if not path.is_file() or words.get("ModelHash") != settings["ModelHash"]:
                 return False

@@ -15,7 +15,7 @@ from bids_harmony.interfaces.bids import WriteHarmonized
 from bids_harmony.interfaces.harmonize import Harmonize
 from bids_harmony.interfaces.image import CarryChange, Change
 from bids_harmony.interfaces.report import Record, ReportScan, Score
-from bids_harmony.interfaces.tissues import WriteTissues
+from bids_harmony.interfaces.tissues import WriteTissues, tissue_label
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
 
@@ -370,7 +370,7 @@ def _connect_segmentation(
             scan=scan,
             bids_dir=str(place.bids_dir),
             out_dir=str(place.out_dir),
-            method=target.method,
+            label=tissue_label(target.method, place.desc),
         ),
         name="write_tissues",
         mem_gb=gigabytes,
