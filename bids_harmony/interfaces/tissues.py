@@ -169,7 +169,7 @@ class WriteTissues(TimedInterface):
 
 
 def tissue_label(method: str, desc: str) -> str:
-    """Value of the desc entity of tissues: the method's name, or the run's own label if it has one.
+    """Value of the desc entity of tissues: the method's name, or the label that the run was given.
 
     Two models in one output folder have labels of their own, and so have their tissues.
     """
