@@ -16,7 +16,9 @@ from bids_harmony.methods.calamiti_drawing import draw_brain, drawing_error, fus
 from bids_harmony.methods.calamiti_files import ThetaRow, contour, theta_tsv  # noqa: E402
 from bids_harmony.methods.calamiti_fusion import Stack, draw_patches  # noqa: E402
 from bids_harmony.networks import calamiti as net  # noqa: E402
+from bids_harmony.networks.slice_unet import SliceUNet  # noqa: E402
 from bids_harmony.training import calamiti_losses as losses  # noqa: E402
+from bids_harmony.training import slice_losses  # noqa: E402
 from bids_harmony.training.contrasts import PairDrawer, Session, full_slices  # noqa: E402
 from bids_harmony.training.fit import Plan, train_network  # noqa: E402
 from tests.contrast_brains import cohort, scan  # noqa: E402
@@ -105,7 +107,7 @@ def test_theta_is_of_the_brain_not_of_the_canvas():
 
 def test_unet_refuses_sizes_it_cannot_halve():
     with pytest.raises(ValueError, match="multiple of 4"):
-        net.SliceUNet(1, 1, 2, 2, norm=False)(torch.zeros(1, 1, 18, 16))
+        SliceUNet(1, 1, 2, 2, norm=False)(torch.zeros(1, 1, 18, 16))
 
 
 def test_networks_are_rebuilt_from_their_config():
@@ -125,12 +127,12 @@ def test_losses_against_numpy():
     mask = rng.random((2, 1, 8, 12)) < 0.5
     a, b, m = (torch.from_numpy(v) for v in (drawn, wanted, mask))
     expected = np.abs(drawn - wanted)[np.broadcast_to(mask, drawn.shape)].mean()
-    assert float(losses.masked_l1(a, b, m)) == pytest.approx(expected)
+    assert float(slice_losses.masked_l1(a, b, m)) == pytest.approx(expected)
     expected = 0.0
     for size in (1, 2, 4):
         rest = (drawn - wanted).reshape(2, 3, 8 // size, size, 12 // size, size).mean((3, 5))
         expected += np.abs(np.diff(rest, axis=2)).mean() + np.abs(np.diff(rest, axis=3)).mean()
-    assert float(losses.edge_difference(a, b)) == pytest.approx(expected)
+    assert float(slice_losses.edge_difference(a, b)) == pytest.approx(expected)
     logits, label = torch.randn(2, 1, 3, 3), torch.tensor([1.0, 0.0])
     chance = 1 / (1 + np.exp(-logits.numpy()))
     expected = -np.concatenate([np.log(chance[0]), np.log(1 - chance[1])]).mean()

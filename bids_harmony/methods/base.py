@@ -209,6 +209,8 @@ class Training:
         none. Its owner names it by everything that decides the training.
     options
         Values of `NeuralMethod.train_options` that were chosen; the others have their defaults.
+    wanted
+        Names of the volumes that show the reference, among those of all sites.
     """
 
     preset: str = "cpu"
@@ -217,6 +219,7 @@ class Training:
     threads: int = 1
     folder: Path | None = None
     options: Mapping[str, float] = field(default_factory=dict)
+    wanted: frozenset[str] = frozenset()
 
     def minutes(self, share: float) -> float | None:
         """A part of the time limit, for one of several networks; None without a limit."""

@@ -15,9 +15,9 @@ from bids_harmony.methods.calamiti_data import Cohort
 from bids_harmony.methods.calamiti_drawing import draw_brain, fused, theta_of_brain
 from bids_harmony.methods.calamiti_learned import Preset, spread
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
-from bids_harmony.training.calamiti_losses import masked_l1
 from bids_harmony.training.contrasts import Session
 from bids_harmony.training.fit import Trained, train_network, weights_key
+from bids_harmony.training.slice_losses import masked_l1
 
 LOG = logging.getLogger("bids_harmony")
 LEARNED = 12  # most sessions to learn from

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from bids_harmony.networks.modules import Modules
+from bids_harmony.networks.slice_unet import SLOPE, SliceUNet
 
 BETAS, THETAS = 4, 2
 _LAST_TEMPERATURE = 0.5
 _STRIDES = 16  # of the theta encoder's four convolutions together
-_SLOPE = 0.1
 _FIRST_LOG_VARIANCE = -5.0
 
 
@@ -56,56 +55,6 @@ def gumbel_one_hot(logits: Tensor, tau: float, generator: torch.Generator) -> Te
     return one_hot(soft.detach()) + soft - soft.detach()
 
 
-class SliceUNet(nn.Module):
-    """U-Net on slices: LeakyReLU, bilinear upsampling, no final activation.
-
-    Parameters
-    ----------
-    inputs, outputs
-        Channels.
-    base
-        Channels at full resolution; they double with every level.
-    levels
-        How often the size is halved.
-    norm
-        Instance norm after each convolution. Not for the decoder: it would take away what a
-        constant channel, which theta is, adds to the first convolution.
-    """
-
-    def __init__(self, inputs: int, outputs: int, base: int, levels: int, *, norm: bool) -> None:
-        super().__init__()
-        self.levels = levels
-        widths = [base * 2**level for level in range(levels + 1)]
-        self.down = Modules(
-            _block(a, b, norm) for a, b in zip((inputs, *widths[:-1]), widths, strict=True)
-        )
-        self.up = Modules(
-            _block(a + b, b, norm) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)
-        )
-        self.head = nn.Conv2d(base, outputs, 1)
-        nn.init.kaiming_normal_(self.head.weight, nonlinearity="linear")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W).
-
-        Raises
-        ------
-        ValueError
-            If H or W cannot be halved so often.
-        """
-        if any(size % 2**self.levels for size in x.shape[-2:]):
-            raise ValueError(f"image size must be a multiple of {2**self.levels}: pad or crop")
-        taps = []
-        for level, block in enumerate(self.down):
-            x = block(functional.max_pool2d(x, 2) if level else x)
-            taps.append(x)
-        for block, tap in zip(self.up, taps[-2::-1], strict=True):
-            x = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            x = block(torch.cat((x, tap), dim=1))
-        out: Tensor = self.head(x)
-        return out
-
-
 class ThetaEncoder(nn.Module):
     """Contrast of a slice: mean and log-variance of two numbers.
 
@@ -118,16 +67,16 @@ class ThetaEncoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for a, b in zip((1, 32, 64, 128), (32, 64, 128, 128), strict=True):
-            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU(_SLOPE)]
+            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(
-            nn.Linear(128, 64), nn.LeakyReLU(_SLOPE),
-            nn.Linear(64, 32), nn.LeakyReLU(_SLOPE),
+            nn.Linear(128, 64), nn.LeakyReLU(SLOPE),
+            nn.Linear(64, 32), nn.LeakyReLU(SLOPE),
             nn.Linear(32, 2 * THETAS),
         )  # fmt: skip
         for part in (*self.features, *self.head):
             if isinstance(part, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(part.weight, a=_SLOPE)
+                nn.init.kaiming_normal_(part.weight, a=SLOPE)
                 nn.init.zeros_(cast(Tensor, part.bias))
         with torch.no_grad():  # noise as large as theta itself would hide it from the decoder
             last = cast(nn.Linear, self.head[-1])
@@ -255,8 +204,8 @@ class FusionNetwork(nn.Module):
         for part in last.parameters():
             nn.init.zeros_(part)
         self.layers = nn.Sequential(
-            nn.Conv3d(3, width, 3, padding=1), nn.LeakyReLU(_SLOPE),
-            nn.Conv3d(width, width, 3, padding=1), nn.LeakyReLU(_SLOPE),
+            nn.Conv3d(3, width, 3, padding=1), nn.LeakyReLU(SLOPE),
+            nn.Conv3d(width, width, 3, padding=1), nn.LeakyReLU(SLOPE),
             last,
         )  # fmt: skip
 
@@ -264,16 +213,3 @@ class FusionNetwork(nn.Module):
         """(B, 3, X, Y, Z) to (B, 1, X, Y, Z), float32."""
         mean = drawn.mean(1, keepdim=True)
         return cast(Tensor, mean + self.layers(drawn).float())
-
-
-def _block(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
-    """Two convolutions, each with activation, and with instance norm before it."""
-    layers: list[nn.Module] = []
-    for a, b in ((inputs, outputs), (outputs, outputs)):
-        conv = nn.Conv2d(a, b, 3, padding=1)
-        nn.init.kaiming_normal_(conv.weight, a=_SLOPE)
-        layers.append(conv)
-        if norm:
-            layers.append(nn.InstanceNorm2d(b, affine=True))
-        layers.append(nn.LeakyReLU(_SLOPE))
-    return nn.Sequential(*layers)

@@ -124,9 +124,11 @@ def fit_reference(
     folder = job.place.out_dir / "models" / fit.name
     if not issubclass(kind, NeuralMethod):
         return save_bundle(folder, kind.fit(volumes, seed=job.prep.seed), meta=meta), outcomes
+    names = frozenset(f["name"] for f in wanted.facts)
     with training_folder(fit, stems, job) as training:
         with memory_in_words(fit):
-            model = kind.fit(volumes, seed=job.prep.seed, training=training)
+            shown = replace(training, wanted=names)
+            model = kind.fit(volumes, seed=job.prep.seed, training=shown)
             files = model.files()
             if kind.by_example:
                 model.place_on(training.device, training.threads)
@@ -233,6 +235,7 @@ def _training_key(fit: Fit, stems: Sequence[Path], prep: Preprocessing, networks
     words = [fit.method, fit.training.preset, prep.seed, __version__, parts]
     words += [networks] if networks else []
     words += [dict(fit.training.options)] if fit.training.options else []
+    words += [fit.reference]
     digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     return f"{fit.method}-{digest}"
 

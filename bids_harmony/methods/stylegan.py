@@ -1,0 +1,194 @@
+"""Style transfer with a StarGAN v2 for all sites (Liu et al. 2021): a comparator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from bids_harmony.errors import ScanError
+from bids_harmony.methods.base import Contract, Harmonized, Training, Volume
+from bids_harmony.methods.hail_volumes import brain_of
+from bids_harmony.methods.slice_translation import (
+    Preset,
+    SliceTranslation,
+    TranslationPart,
+    canvas_of,
+    facts_of,
+    likeness_of,
+    split_brains,
+)
+from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.networks.translation import StyleNetworks
+from bids_harmony.training.contrasts import full_slices
+from bids_harmony.training.fit import Adversary, Plan, train_network
+from bids_harmony.training.slice_losses import masked_l1
+from bids_harmony.training.slices import canvas_size, on_canvas
+from bids_harmony.training.translation import (
+    SiteBrain,
+    UnpairedSlices,
+    intensity_distance,
+    style_judge_loss,
+    style_loss,
+)
+
+LOG = logging.getLogger("bids_harmony")
+_CHECKS = 8
+_SLICES = 12  # across each axis, of which the style is the mean
+
+_CPU = Preset(2.0, 16, 2, 3, Plan(4000, 5e-4, every=200, patience=20))
+_PAPER = Preset(1.0, 48, 3, 8, Plan(60_000, 1e-4, every=1000, patience=60), judge_rate=1e-4)
+
+
+class StyleGan(SliceTranslation[StyleNetworks]):
+    """One network for all sites; the wanted style comes from reference images.
+
+    Styles are always told by slices: the paper's mapping network, which makes up styles from
+    noise, is left out.
+    """
+
+    name: ClassVar[str] = "stylegan"
+    by_example: ClassVar[bool] = True
+    presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
+    network_kind: ClassVar[type[Any]] = StyleNetworks
+
+    @property
+    def contract(self) -> Contract:
+        """For the modalities of the examples; before there are any, for all."""
+        shown = [name for name, part in self._parts.items() if part.wanted is not None]
+        return self.contract_for_preset(tuple(shown or self._parts), self._preset)
+
+    @classmethod
+    def _fit_part(
+        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
+    ) -> tuple[TranslationPart, dict[str, bytes]]:
+        sites = sorted({b.site for b in brains})
+        if len(sites) < 2:
+            raise ScanError(
+                f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
+                "scans of another site, or use a method that is trained on one"
+            )
+        learn, apart = split_brains(brains)
+        torch.manual_seed(seed)
+        networks = StyleNetworks(preset.base, preset.levels)
+        side = canvas_of(brains, networks.divisor)
+        run = train_network(
+            networks,
+            name="stylegan",
+            draw=UnpairedSlices(learn, learn, side=side, count=preset.batch),
+            loss=lambda batch, generator: style_loss(networks, batch),
+            held_out=_held_out(
+                networks, UnpairedSlices(apart, learn, side=side, count=preset.batch), seed
+            ),
+            plan=preset.plan.with_limit(training.minutes(1.0)),
+            seed=seed,
+            device=training.device,
+            folder=training.below("stylegan"),
+            adversary=Adversary(
+                networks.judge, lambda batch, generator: style_judge_loss(networks, batch), 1,
+                preset.judge_rate,
+            ),
+        )  # fmt: skip
+        networks.requires_grad_(False)
+        alike = likeness_of(learn, apart, preset.resolution)
+        part = TranslationPart(networks, side, alike, facts_of(learn, apart, run))
+        return part, {
+            "curves.csv": curves_csv({"stylegan": run}),
+            "training.png": training_png({"stylegan": run}),
+        }
+
+    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
+        """The same networks for the mean style of these scans.
+
+        Raises
+        ------
+        ScanError
+            If no scan can be used. Scans that `harmonize` would refuse are left out, with a
+            warning in the log.
+        """
+        torch.set_num_threads(self._threads)
+        found: dict[str, list[tuple[str, Tensor]]] = {}
+        left_out: list[str] = []
+        for index in range(len(volumes)):
+            volume = volumes[index]
+            try:
+                part, (image, mask) = self._part(volume), brain_of(volume)
+                part.likeness.admit(
+                    image, mask, volume.spacing, name=volume.name, modality=volume.modality
+                )
+            except ScanError as error:
+                left_out.append(str(error))
+                LOG.warning("no example: %s", error)
+                continue
+            style = style_of(part.network, image, mask, part.side)
+            found.setdefault(volume.modality, []).append((volume.name or "scan", style))
+        if not found:
+            why = left_out[0] if left_out else "no scan was given"
+            raise ScanError(f"{self.name}: no example can be used: {why}")
+        parts = {}
+        for modality, part in self._parts.items():
+            shown = found.get(modality, [])
+            wanted = torch.stack([style for _, style in shown]).mean(0) if shown else None
+            names = tuple(name for name, _ in shown)
+            parts[modality] = replace(part, wanted=wanted, examples=names)
+        made = self._copy(parts)
+        made._files = dict(self._files)
+        return made
+
+    def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
+        """Draw `volume` in the style of the examples.
+
+        Raises
+        ------
+        ScanError
+            As the others; or if there is no example of the modality.
+        """
+        if self._part(volume).wanted is None:
+            raise ScanError(
+                f"{volume.name or 'scan'}: the {self.name} model was not shown how "
+                f"{volume.modality} scans should look; give it examples of the wanted site"
+            )
+        return super().harmonize(volume, seed=seed)
+
+    def _draw(self, part: TranslationPart, seen: Tensor, brain: Tensor) -> Tensor:
+        assert part.wanted is not None
+        style = part.wanted.to(seen.device).expand(len(seen), -1)
+        out: Tensor = part.network.draw(seen, style, brain)
+        return out
+
+
+@torch.no_grad()
+def style_of(networks: StyleNetworks, image: Tensor, mask: Tensor, side: int) -> Tensor:
+    """Mean style (16,) of evenly spaced slices of a brain (X, Y, Z) across all three axes."""
+    device = next(networks.parameters()).device
+    side = canvas_size([tuple(image.shape), (side,) * 3], (0, 1, 2), networks.divisor)
+    found = []
+    for axis in range(3):
+        usable = full_slices(mask, axis)
+        step = max(len(usable) // _SLICES, 1)
+        stack = image.movedim(axis, 0)[usable[::step]][:, None]
+        found.append(networks.encoder(on_canvas(stack, side, side).to(device)).cpu())
+    return torch.cat(found).mean(0)
+
+
+def _held_out(networks: StyleNetworks, drawer: UnpairedSlices, seed: int) -> Any:
+    """Own style drawn again on fixed slices, and intensities against those of the wanted ones."""
+    source = torch.Generator().manual_seed(seed + 7)
+    batches = [drawer(source) for _ in range(_CHECKS)]
+
+    def score() -> float:
+        device = next(networks.parameters()).device
+        errors, far = [], 0.0
+        for batch in batches:
+            x, mask, y, other = (part.to(device) for part in batch)
+            drawn = networks.draw(x, networks.encoder(y), mask)
+            same = networks.draw(x, networks.encoder(x), mask)
+            errors.append(masked_l1(same, x, mask))
+            far += intensity_distance(drawn, mask, y, other) / len(batches)
+        return float(torch.stack(errors).mean()) + far
+
+    return score
