@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.harness import Table
 from benchmarks.tables import by_example, real_sites
 from benchmarks.tables.blindharmony import BlindHarmony
+from benchmarks.tables.lesions import Lesions
 from benchmarks.tables.real_pair import RealPair
 from benchmarks.tables.travelling import Travelling
 from benchmarks.trials import Trial
@@ -17,6 +18,7 @@ TABLES: dict[str, Table] = {
         RealPair(),
         by_example.ByExample(),
         real_sites.RealSites(),
+        Lesions(),
     )
 }
 TRIALS: dict[str, Trial] = {
