@@ -12,7 +12,12 @@ from bids_harmony.errors import ScanError  # noqa: E402
 from bids_harmony.imaging.layout import Coarse, Layout  # noqa: E402
 from bids_harmony.methods import calamiti_data as data  # noqa: E402
 from bids_harmony.methods.calamiti_admission import Known, admit  # noqa: E402
-from bids_harmony.methods.calamiti_drawing import draw_brain, drawing_error, fused  # noqa: E402
+from bids_harmony.methods.calamiti_drawing import (  # noqa: E402
+    draw_brain,
+    drawing_error,
+    fused,
+    lost_contrast,
+)
 from bids_harmony.methods.calamiti_files import ThetaRow, contour, theta_tsv  # noqa: E402
 from bids_harmony.methods.calamiti_fusion import Stack, draw_patches  # noqa: E402
 from bids_harmony.networks import calamiti as net  # noqa: E402
@@ -443,3 +448,14 @@ def test_networks_that_learned_too_little_say_so():
         known = Known(np.zeros((3, 2)), error, 0.05, Layout.of(cells))
         found = admit({"T1w": known}, "T1w", name="x", theta=(0.0, 0.0), error=error, brain=brain)
         assert any("train them for longer" in sentence for sentence in found) == told
+
+
+def test_the_contrast_that_a_drawing_lost():
+    brain = scan(1, noise=0.0)
+    image, mask = torch.from_numpy(brain.data), torch.from_numpy(brain.mask)
+    mean = image[mask].mean()
+    for factor, told in ((1.0, 1.0), (0.8, 1.25), (0.2, 2.0), (1.5, 1.0)):
+        drawn = (mean + factor * (image - mean)) * mask
+        assert lost_contrast(drawn, image, mask) == pytest.approx(told, abs=1e-3)
+    noisy = torch.from_numpy(scan(1, noise=0.08).data)
+    assert lost_contrast(image, noisy, mask) == pytest.approx(1, abs=0.05)

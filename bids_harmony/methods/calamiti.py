@@ -3,8 +3,9 @@
 A slice is taken apart into anatomy (beta) and contrast (theta), and drawn anew with the wanted
 contrast. What the decoder cannot draw (noise, fine detail, lesions) would be lost, so not the
 drawing is given back: the scan gets the change between the brain drawn with its own theta and the
-same brain drawn with the wanted one, and of that only what is locally a straight line of its own
-intensity (`guided_transfer`). A scan that has the wanted theta already stays as it is.
+same brain drawn with the wanted one, times the contrast that drawing costs (`lost_contrast`), and
+of that only what is locally a straight line of its own intensity (`guided_transfer`). A scan that
+has the wanted theta already stays as it is.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bids_harmony.methods.calamiti_drawing import (
     draw_brain,
     drawing_error,
     fused,
+    lost_contrast,
     side_for,
     theta_of_brain,
 )
@@ -292,7 +294,9 @@ class Calamiti(NeuralMethod):
         image, inside = case.image.numpy(), case.mask.numpy()
         own, other = case.drawn
         radius = max(round(_RADIUS_MM / self._resolution), 1)
-        asked = guided_transfer(image, (other - own).numpy(), inside, radius=radius, noise=_NOISE)
+        lost = lost_contrast(own, case.image, case.mask)
+        drawn = (lost * (other - own)).numpy()
+        asked = guided_transfer(image, drawn, inside, radius=radius, noise=_NOISE)
         change = np.clip(asked, -_MOST_CHANGE, _MOST_CHANGE).astype(np.float32)
         bounded = float((np.abs(asked[inside]) > _MOST_CHANGE).mean())
         warnings = list(case.warnings)
@@ -314,6 +318,7 @@ class Calamiti(NeuralMethod):
             "drawing_error": round(case.error, 4),
             "held_out_drawing_error": round(self._learned.known[volume.modality].error, 4),
             "fusion": "voxel median" if self._learned.fusion is None else "network",
+            "lost_contrast": round(lost, 4),
             "guided_radius_voxels": radius,
             "mean_absolute_change": round(float(np.abs(change[inside]).mean()), 4),
             "share_at_bound": round(bounded, 4),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
@@ -14,6 +15,8 @@ from bids_harmony.training.slices import canvas_size, on_canvas
 
 _SLICES = 16  # across each axis, of which theta is the mean
 _AT_ONCE = 8
+_BLUR = 3  # voxels
+_MOST_LOST = 2.0
 
 
 def side_for(shape: Sequence[int], trained: int, divisor: int) -> int:
@@ -88,6 +91,22 @@ def fused(fusion: FusionNetwork | None, drawn: Tensor, mask: Tensor) -> Tensor:
     device = next(fusion.parameters()).device
     with torch.no_grad():
         return fusion(drawn[None].to(device))[0, 0].cpu() * mask
+
+
+def lost_contrast(drawn: Tensor, image: Tensor, mask: Tensor) -> float:
+    """By what factor a brain's own contrast exceeds that of the brain as drawn, 1 to 2.
+
+    Ratio of the standard deviations of means over 3 x 3 x 3 voxels, which leaves noise out. What
+    the decoder cannot tell it draws as a mean, so its drawings are too flat, and so is the
+    difference of two.
+    """
+    inside = mask.numpy()
+    share = ndimage.uniform_filter(inside.astype(np.float32), _BLUR)[inside]
+    spread = [
+        float((ndimage.uniform_filter(np.where(inside, v, 0), _BLUR)[inside] / share).std())
+        for v in (image.numpy(), drawn.numpy())
+    ]
+    return float(np.clip(spread[0] / max(spread[1], 1e-6), 1.0, _MOST_LOST))
 
 
 def drawing_error(drawn: Tensor, image: Tensor, mask: Tensor) -> float:
