@@ -23,7 +23,11 @@ from bids_harmony.interfaces.files import load  # noqa: E402
 from bids_harmony.interfaces.tissues import labels_of, tissue_shares  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
-from bids_harmony.methods.deepnormalize import DeepNormalize, PreProcessor  # noqa: E402
+from bids_harmony.methods.deepnormalize import (  # noqa: E402
+    DeepNormalize,
+    PreProcessor,
+    Standardization,
+)
 from bids_harmony.methods.deepnormalize_part import normalized_brain  # noqa: E402
 from bids_harmony.methods.deepnormalize_training import (  # noqa: E402
     box_of,
@@ -334,6 +338,22 @@ def test_the_pre_processor_has_no_discriminator(small):
     assert none._parts["T1w"].networks.discriminator is None
     scan = contrast_brains.scan(20, "a")
     assert np.array_equal(made.harmonize(scan, seed=0).data, none.harmonize(scan, seed=0).data)
+
+
+def test_standardization_has_a_segmenter_alone(small):
+    made = Standardization.fit(VOLUMES, seed=0)
+    networks = made._parts["T1w"].networks
+    assert networks.generator is networks.discriminator is None
+    scan = contrast_brains.scan(20, "b")
+    inside = scan.mask
+    done = made.harmonize(scan, seed=0)
+    values = scan.data[inside].astype(float)
+    wanted = np.clip(0.6 + 0.2 * (values - values.mean()) / values.std(), 0, BRIGHTEST)
+    np.testing.assert_allclose(done.data[inside], wanted, atol=1e-4)
+    twice = replace(scan, data=(2 * scan.data).astype(np.float32))
+    np.testing.assert_allclose(made.harmonize(twice, seed=0).tissues, done.tissues, atol=1e-4)
+    again = Standardization.from_state(made.arrays(), json.loads(json.dumps(made.params())))
+    assert np.array_equal(again.harmonize(scan, seed=0).tissues, done.tissues)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, preset_named
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.deepnormalize_part import Part, fit_part, normalized_brain
-from bids_harmony.methods.deepnormalize_training import Preset, stacked
+from bids_harmony.methods.deepnormalize_training import Preset, stacked, standardized
 from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.fit import Plan
 
@@ -57,6 +57,8 @@ class DeepNormalize(ByModality[Part]):
     train_options: ClassVar[Mapping[str, float]] = {"lambda": 1.5}
     participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0}
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
+    #: Whether brains are standardized and no generator is trained.
+    standardizes: ClassVar[bool] = False
 
     def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
         super().__init__(parts, preset)
@@ -104,9 +106,19 @@ class DeepNormalize(ByModality[Part]):
             dict(sorted(groups.items())),
             training,
             lambda chosen, share: fit_part(
-                [{v.modality: v} for v in chosen], preset, strength, seed, share
+                [{v.modality: cls._seen(v)} for v in chosen],
+                preset,
+                strength,
+                seed,
+                share,
+                generator=not cls.standardizes,
             ),
         )
+
+    @classmethod
+    def _seen(cls, volume: Volume) -> Volume:
+        """A volume as the networks see it."""
+        return standardized(volume) if cls.standardizes else volume
 
     def take_options(self, options: Mapping[str, float]) -> None:
         """Harmonize with this ``stride`` between cubes, in voxels, from now on."""
@@ -123,15 +135,15 @@ class DeepNormalize(ByModality[Part]):
         """
         torch.set_num_threads(self._threads)
         part, name = self._part(volume), volume.name or "scan"
-        images, mask = stacked([volume])
+        images, mask = stacked([self._seen(volume)])
         unlikeness, warnings = part.likeness.admit(
             images[0], mask, volume.spacing, name=name, modality=volume.modality
         )
         stride = min(max(self._stride, 1), part.networks.side)
         normalized, tissues = normalized_brain(part.networks, images, mask, stride)
         inside = mask.numpy()
-        data, before = normalized[0], images[0].numpy()
-        bright = float((before[inside] > BRIGHTEST).mean())
+        data, before = normalized[0], volume.data
+        bright = float((images[0].numpy()[inside] > BRIGHTEST).mean())
         if bright > _TOO_BRIGHT:
             warnings.append(
                 f"{bright:.0%} of the brain is brighter than what the generator can draw "
@@ -160,3 +172,11 @@ class PreProcessor(DeepNormalize):
 
     name: ClassVar[str] = "preprocessor"
     train_options: ClassVar[Mapping[str, float]] = {}
+
+
+class Standardization(DeepNormalize):
+    """Every brain to one mean and deviation, and the same segmenter: the paper's baseline."""
+
+    name: ClassVar[str] = "standardization"
+    train_options: ClassVar[Mapping[str, float]] = {}
+    standardizes: ClassVar[bool] = True

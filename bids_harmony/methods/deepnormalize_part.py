@@ -162,6 +162,8 @@ def fit_part(
     strength: float,
     seed: int,
     training: Training,
+    *,
+    generator: bool = True,
 ) -> tuple[Part, dict[str, bytes]]:
     """Train everything for some modalities that every session has.
 
@@ -177,7 +179,9 @@ def fit_part(
     """
     brains = [labelled_brain(session) for session in sessions]
     learn, apart = split(brains)
-    networks, run = train_normalizer(learn, apart, preset, strength, seed, training)
+    networks, run = train_normalizer(
+        learn, apart, preset, strength, seed, training, generator=generator
+    )
     spacing = (preset.resolution,) * 3
     cells = {b.name: rank_cells(b.images[0], b.mask, spacing)[0] for b in brains}
     alike = Likeness.of(*([cells[b.name] for b in group] for group in (learn, apart)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from bids_harmony.training.tissue_cubes import LabelledBrain, TissueBatch, Tissu
 _CHECKED = 96  # cubes of the held-out score
 _ALIKE = 0.1  # weight of the divergence between sites in it, for each unit of lambda
 _AT_ONCE = 8
+_MEAN, _SPREAD = 0.6, 0.2  # of a standardized brain
 _LEAST_LABELLED = 0.5  # of the brain
 _LEAST_OVERLAP = 0.5  # of a session's brain masks
 
@@ -83,6 +84,20 @@ def labelled_brain(session: Mapping[str, Volume]) -> LabelledBrain:
         images[(slice(None), *box)].clone(), mask[box].clone(), labels[box].clone(),
         first.site, first.subject or name, name,
     )  # fmt: skip
+
+
+def standardized(volume: Volume) -> Volume:
+    """A volume whose brain has mean 0.6 and standard deviation 0.2, not below 0.
+
+    Raises
+    ------
+    ScanError
+        If the mask is empty, or the brain constant or not finite.
+    """
+    mask = np.asarray(volume.mask, dtype=bool)
+    values = brain_values(volume.data, mask, volume.name or "scan")
+    data = _MEAN + _SPREAD * (volume.data - values.mean()) / values.std()
+    return replace(volume, data=np.where(mask, np.maximum(data, 0), 0).astype(np.float32))
 
 
 def stacked(volumes: Sequence[Volume]) -> tuple[Tensor, Tensor]:
@@ -149,6 +164,8 @@ def train_normalizer(
     strength: float,
     seed: int,
     training: Training,
+    *,
+    generator: bool = True,
 ) -> tuple[NormalizerNetworks, Trained]:
     """Train generator, segmenter and, if `strength` (lambda) is above 0, discriminator.
 
@@ -163,7 +180,7 @@ def train_normalizer(
     torch.manual_seed(seed)  # of the first weights
     sites = sorted({brain.site for brain in learn})
     networks = NormalizerNetworks(
-        learn[0].images.shape[0], len(sites), preset.widths, preset.side, strength > 0
+        learn[0].images.shape[0], len(sites), preset.widths, preset.side, strength > 0, generator
     )
     torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     run = train_network(

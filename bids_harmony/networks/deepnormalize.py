@@ -79,6 +79,8 @@ class NormalizerNetworks(nn.Module):
         Edge of the cubes in voxels.
     discriminator
         Whether there is one; without it this is the pre-processor of Drozdzal et al. (2018).
+    generator
+        Whether there is one; without it the segmenter sees the cubes as they are.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class NormalizerNetworks(nn.Module):
         widths: Sequence[int],
         side: int = 32,
         discriminator: bool = True,
+        generator: bool = True,
     ) -> None:
         super().__init__()
         self.channels, self.sites, self.side = channels, sites, side
-        self.generator = UNet3d(channels, channels, widths)
-        for part in self.generator.head.parameters():
-            nn.init.zeros_(part)  # it begins as the identity
+        self.generator = UNet3d(channels, channels, widths) if generator else None
+        if self.generator is not None:
+            for part in self.generator.head.parameters():
+                nn.init.zeros_(part)  # it begins as the identity
         self.segmenter = UNet3d(channels, CLASSES, widths)
         self.discriminator = DomainDiscriminator(channels, sites, side) if discriminator else None
 
@@ -102,9 +106,10 @@ class NormalizerNetworks(nn.Module):
         return {
             "channels": self.channels,
             "sites": self.sites,
-            "widths": list(self.generator.widths),
+            "widths": list(self.segmenter.widths),
             "side": self.side,
             "discriminator": self.discriminator is not None,
+            "generator": self.generator is not None,
         }
 
     @classmethod
@@ -112,7 +117,7 @@ class NormalizerNetworks(nn.Module):
         """Inverse of `config`."""
         return cls(
             int(config["channels"]), int(config["sites"]), config["widths"], int(config["side"]),
-            bool(config["discriminator"]),
+            bool(config["discriminator"]), bool(config["generator"]),
         )  # fmt: skip
 
     def normalize(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -121,6 +126,8 @@ class NormalizerNetworks(nn.Module):
         The generator's last layer is a sigmoid, as in the paper; what goes into it is added to
         the cube's own logit, so that an untrained generator leaves the cube as it is.
         """
+        if self.generator is None:
+            return x.float().clamp(0, BRIGHTEST) * mask
         share = (x.float() / BRIGHTEST).clamp(_DARKEST, 1 - _DARKEST)
         drawn = torch.sigmoid(torch.logit(share) + self.generator(x).float())
         return BRIGHTEST * drawn * mask
