@@ -3,11 +3,13 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+import bids_harmony
 from bids_harmony.errors import MissingInputError, OutputError, ScanError, UsageError
 from bids_harmony.imaging.scale import IntensityScale
 from bids_harmony.methods import registry
@@ -174,6 +176,28 @@ def test_further_files_have_safe_names(tmp_path, name):
 def test_further_files_are_bytes(tmp_path):
     with pytest.raises(UsageError, match="is bytes, not str"):
         save_bundle(tmp_path / "b", model("nyul"), meta=META, files={"a.txt": "x"})
+
+
+SHIPPED = Path(bids_harmony.__file__).parent / "data" / "models"
+
+
+@pytest.mark.parametrize("folder", sorted(SHIPPED.iterdir()), ids=lambda folder: folder.name)
+def test_shipped_bundles_can_be_loaded(folder):
+    assert load_bundle(folder).method.contract.modalities
+
+
+def test_a_bundle_from_before_a_field_of_the_contract_came(bundle):
+    path = bundle / "model.json"
+    content = json.loads(path.read_text())
+    del content["contract"]["labels"]
+    path.write_text(json.dumps(content))
+    assert load_bundle(bundle).method.contract.labels is False
+    del content["contract"]["grid"]  # its default is not what this one has
+    path.write_text(
+        json.dumps({**content, "contract": {**content["contract"], "scale": "minmax"}})
+    )
+    with pytest.raises(UsageError, match="its contract is not the one of the method"):
+        load_bundle(bundle)
 
 
 def test_method_of_a_bundle_without_loading_it(bundle):

@@ -178,7 +178,8 @@ def test_cubes_are_drawn_evenly_on_tissue_and_half_of_them_shaded():
     shaded = torch.cat([(b.shown != b.clean).flatten(1).any(1) for b in batches]).float()
     assert float(shaded.mean()) == pytest.approx(0.5, abs=0.08)
     for batch in batches[:10]:
-        assert bool((batch.labels[:, 8, 8, 8] > 0).all() | (batch.labels[:, 7, 8, 8] > 0).any())
+        centred = (batch.labels[:, 8, 8, 8] > 0) | (batch.labels[:, 7, 8, 8] > 0)  # 7: mirrored
+        assert bool(centred.all())
         assert bool((batch.shown <= batch.clean + 1e-6).all()), "the field only darkens"
         inside = batch.clean[:, 0][batch.labels == 3]
         assert float(inside.mean()) > float(batch.clean[:, 0][batch.labels == 1].mean()) + 0.2
@@ -318,6 +319,19 @@ def test_what_cannot_be_is_refused(fitted, small):
         DeepNormalize.fit([], seed=0)
 
 
+def test_a_modality_of_too_few_sites_is_left_out_before_any_training(small, caplog):
+    more = [labelled(seed, "b", "T2w") for seed in (4, 5)]
+    made = DeepNormalize.fit(VOLUMES + more, seed=0)
+    assert made.contract.modalities == ("T1w",)
+    assert "left out of the training: T2w: scans of two sites or more" in caplog.text
+    both = more + [labelled(seed, "a", "T2w") for seed in (1, 2)]
+    at_a = frozenset(v.name for v in VOLUMES if v.site == "a")
+    shown = Training(wanted=at_a)
+    made = DeepNormalize.fit(VOLUMES + both, seed=0, training=shown)
+    assert made.contract.modalities == ("T1w",)
+    assert "T2w: no scan is of the reference's site" in caplog.text
+
+
 def test_shares_of_tissue_that_are_odd_are_told(fitted):
     part = fitted._parts["T1w"]
     mask = VOLUMES[0].mask
@@ -438,6 +452,9 @@ def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, bra
     assert "Segmentation that came with the harmonization" in report
     record = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
     assert record["MethodOptions"] == {"stride": 16}
+    other = call(made.root, out, *scan, "--method-option", "stride=8")
+    assert other.code == 64
+    assert "holds scans with --method-option stride=16 under desc-harmonized" in other.err
     assert record["Reference"] == "common appearance of A, B, units of A"
     assert (
         call(made.root, out, *scan).line("sub-05_T1w").endswith("skipped: done by an earlier run")

@@ -202,6 +202,17 @@ def test_an_option_that_the_class_has_not_is_told(plugin):
         registry.load("fancy")
 
 
+def test_an_option_of_another_level_is_told(plugin):
+    card = CARD.replace('"statistical"', '"neural"') + 'presets = ["cpu", "paper"]\n'
+    source = (
+        "from bids_harmony.methods.base import NeuralMethod\n"
+        "class Fancy(NeuralMethod):\n    name = 'fancy'\n    train_options = {'speed': 1.0}\n"
+    )
+    plugin("odd_dist", card=card + OPTION.replace("train", "participant"), source=source)
+    with pytest.raises(UsageError, match="presets or options; repair the card"):
+        registry.load("fancy")
+
+
 def test_options_are_in_the_documentation():
     assert "| `hail` | `consistency` | train | 1 | 0 to 100 |" in registry.options_table()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import nibabel as nib
@@ -310,7 +311,7 @@ def test_the_nearest_table_wins(tmp_path, name, used):
         ("1\tLeft-Inf-Lat-Vent\t\t", "CSF"),
         ("1\tWM hyperintensities\t\t", "WM"),
         ("1\tlesions\t\t", "WM"),
-        ("1\tleft ventral DC\t\t", "GM"),
+        ("1\tleft ventral DC\t\t", "WM"),
         ("1\tRight ACgG  anterior cingulate gyrus\t\t", "GM"),
         ("1\tborder of grey matter and white matter\t\t", ""),
         ("1\tbackground\t\t", "BG"),
@@ -481,3 +482,26 @@ def test_real_muse_labels():
         assert 0.25 < share["WM"] / brain < 0.5
         assert 0.03 < share["CSF"] < 0.3
         assert level["CSF"] < 0.7 * level["GM"] < level["GM"] < 0.9 * level["WM"]
+
+
+def test_a_preprocessed_t2w_does_not_vouch_for_the_labels_of_the_t1w(tmp_path):
+    raw(tmp_path)
+    t2w = raw(tmp_path, "sub-01_T2w")
+    put(tmp_path, "sub-01/anat/sub-01_dseg.nii.gz")
+    table(tmp_path, "dseg.tsv", PHANTOM)
+    put(tmp_path, "sub-01/anat/sub-01_desc-preproc_T2w.nii.gz",
+        RawSources=["bids:raw:sub-01/anat/sub-01_T2w.nii.gz"])  # fmt: skip
+    found, notes = find_tissue_labels(t2w, {"prep": tmp_path / "prep"})
+    assert found is None
+    assert any("may belong to" in note for note in notes)
+
+
+def test_tables_agree_on_names_they_share():
+    tissues: dict[str, set[str]] = {}
+    for numbering in ("freesurfer", "muse"):
+        text = (files("bids_harmony.data") / "labels" / f"{numbering}.tsv").read_text()
+        for line in text.splitlines()[1:]:
+            _, name, tissue = line.split("\t")
+            letters = "".join(c for c in name.lower() if c.isalnum())
+            tissues.setdefault(letters, set()).add(tissue)
+    assert {name for name, found in tissues.items() if len(found) > 1} == set()

@@ -301,6 +301,7 @@ class Game(torch.nn.Module):
         super().__init__()
         self.guess = torch.nn.Parameter(torch.zeros(()))
         self.judge = torch.nn.Linear(1, 1, bias=False)
+        self.drop = torch.nn.Dropout(0.3)
         torch.nn.init.zeros_(self.judge.weight)
 
 
@@ -318,7 +319,8 @@ def play(folder=None, seed=0, on_draw=None, plan=PLAN):
         return (game.guess - 2).square() + 0 * (game.judge.weight.sum() + batch)
 
     def against(batch, generator):
-        return (game.judge.weight.squeeze() - 3 * game.guess.detach()).square() + 0 * batch
+        away = game.judge.weight.squeeze() - 3 * game.guess.detach()
+        return away.square() + 1e-3 * game.drop(game.judge.weight).sum() + 0 * batch
 
     adversary = fit.Adversary(game.judge, against, steps=3, rate=0.2)
     run = train_network(
@@ -337,6 +339,17 @@ def test_an_adversary_has_turns_batches_and_a_rate_of_its_own():
     assert float(game.guess.detach()) == pytest.approx(2, abs=0.05)
     assert float(game.judge.weight.detach()) == pytest.approx(6, abs=0.5)
     assert game.judge.weight.requires_grad
+
+
+def test_a_part_that_is_never_finite_is_noticed_beside_one_that_is():
+    game = Game()
+    adversary = fit.Adversary(game.judge, lambda batch, _: game.judge.weight.sum() * 0, steps=3)
+    with pytest.raises(HarmonyError, match="20 steps in a row were not finite"):
+        train_network(
+            game, name="game", draw=lambda generator: torch.zeros(()),
+            loss=lambda batch, _: game.guess * float("nan"), held_out=lambda: 1.0, plan=PLAN,
+            seed=0, device="cpu", folder=None, adversary=adversary,
+        )  # fmt: skip
 
 
 def test_a_killed_game_goes_on(tmp_path):

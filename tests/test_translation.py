@@ -247,7 +247,7 @@ def test_what_cannot_be_learned_from():
         StyleGan.fit(VOLUMES[:3], seed=0, training=wanted(VOLUMES))
 
 
-def test_a_style_is_that_of_the_brain_wherever_it_lies():
+def test_a_brighter_brain_has_another_style():
     nets = StyleNetworks(4, 2).eval()
     image, mask = torch.from_numpy(VOLUMES[0].data), torch.from_numpy(VOLUMES[0].mask)
     style = style_of(nets, image, mask, 40)

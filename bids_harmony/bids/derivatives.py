@@ -192,7 +192,10 @@ def _looked_for(scan: Scan, folder: Path) -> str:
 
 def wrong_space(scan: Scan, folder: Path, found: Mapping[str, Path]) -> str | None:
     """Say why the files found may not be in the space of the scan; None when they are."""
-    raw = _raw_sources(folder, found)
+    vouching = dict(found)
+    if not _named_for(scan, found):  # the scan's own name must not vouch for a file of no name
+        vouching.pop("preproc", None)
+    raw = _raw_sources(folder, found if scan.suffix == "T1w" else vouching)
     if raw is not None and raw != {scan.stem}:
         return f"it was made from {', '.join(sorted(raw))}, not from this scan alone"
     moved = _moved(scan, folder)

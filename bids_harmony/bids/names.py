@@ -96,6 +96,11 @@ def derivative_path(
     return out_dir / where / name
 
 
+def fragment_path(out_dir: Path, scan: Scan, desc: str) -> Path:
+    """Where a scan's section of the report is kept."""
+    return derivative_path(out_dir, scan, desc=desc, folder="figures", extension=".html")
+
+
 def _position(entity: str) -> int:
     return ENTITY_ORDER.index(entity) if entity in ENTITY_ORDER else len(ENTITY_ORDER)
 

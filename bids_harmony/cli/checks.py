@@ -89,6 +89,9 @@ def _check_participant(config: Config) -> None:
         raise UsageError(f"--adapt-scans is for --adapt site, not --adapt {config.adapt}")
     if config.adapt_segmentation and config.adapt == "none":
         raise UsageError("--adapt-segmentation is for --adapt site or scan, not --adapt none")
+    if config.method and config.method_option:
+        card = available()[config.method]
+        options_for(card.name, card.options, "participant", config.method_option)
     if config.level == "full":
         return
     adapting = config.adapt or config.adapt_scans or config.adapt_segmentation

@@ -63,7 +63,9 @@ def scans_to_learn_from(
     for problem in problems:
         LOG.warning("left out: %s", problem.message)
     chosen = training_scans(scans, reference)
-    return _of_all_sites(method, scans) if available()[method].sites_to_train > 1 else chosen
+    card = available()[method]
+    several = card.by_example or card.sites_to_train > 1
+    return _of_all_sites(method, scans) if several else chosen
 
 
 def _of_all_sites(method: str, scans: Sequence[Scan]) -> list[Scan]:

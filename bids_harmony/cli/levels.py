@@ -123,6 +123,9 @@ def _participant(context: Context) -> ExitCode:
         print(f"model: {target.name} ({target.title}), {target.why}; "
               f"reference domain: {target.reference}")  # fmt: skip
         claim_desc(config.out_dir, config.desc, target, write=not config.dry_run)
+        if target.segments:
+            label = tissue_label(target.method, config.desc)
+            claim_desc(config.out_dir, label, target, write=not config.dry_run)
     if config.dry_run:
         return _plan(context, scans, problems, target, job)
     subjects = sorted({s.subject for s in scans} | {p.subject for p in problems})

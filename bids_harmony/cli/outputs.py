@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.dataset import container_info, write_dataset
@@ -52,8 +53,13 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
         If another model has written under this label before.
     """
     path = out_dir / "logs" / f"desc-{desc}.json"
-    mine = {"Method": target.method, "ModelName": target.name, "ModelHash": target.hash}
+    mine: dict[str, Any] = {
+        "Method": target.method,
+        "ModelName": target.name,
+        "ModelHash": target.hash,
+    }
     mine |= {"Adapt": target.adapt_words} if target.adapt else {}
+    mine |= {"MethodOptions": dict(target.options)} if target.options else {}
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -61,9 +67,10 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
             write_json(path, mine)
         return
     if before != mine and before.get("ModelHash") == target.hash:
+        theirs, ours = _settings_words(before), _settings_words(mine)
         raise UsageError(
-            f"{out_dir} holds scans with --adapt {before.get('Adapt')} under desc-{desc}, not "
-            f"--adapt {target.adapt_words}; choose another --desc or another OUT_DIR"
+            f"{out_dir} holds scans with {theirs} under desc-{desc}, not {ours}; choose another "
+            "--desc or another OUT_DIR"
         )
     if before != mine:
         raise UsageError(
@@ -71,6 +78,14 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
             f"({before.get('Method')}) under desc-{desc}, not of {target.name}; "
             "choose another --desc or another OUT_DIR"
         )
+
+
+def _settings_words(claim: Mapping[str, Any]) -> str:
+    """Options that a claim was made with, as the command line says them."""
+    words = [f"--adapt {claim['Adapt']}"] if "Adapt" in claim else []
+    options = [f"{name}={value:g}" for name, value in claim.get("MethodOptions", {}).items()]
+    words += [f"--method-option {' '.join(options)}"] if options else []
+    return " ".join(words) or "no options"
 
 
 def write_root(config: Config, descriptions: Mapping[str, str]) -> None:

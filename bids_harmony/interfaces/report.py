@@ -10,7 +10,7 @@ import nibabel as nb
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from bids_harmony.bids.names import derivative_path
+from bids_harmony.bids.names import fragment_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.interfaces.base import (
@@ -264,8 +264,3 @@ class ReportScan(TimedInterface):
 def _finite(value: Any) -> Any:
     """JSON knows no NaN: an undefined score is null."""
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def fragment_path(out_dir: Path, scan: Scan, desc: str) -> Path:
-    """Where a scan's section of the report is kept."""
-    return derivative_path(out_dir, scan, desc=desc, folder="figures", extension=".html")

@@ -143,13 +143,13 @@ class WriteTissues(TimedInterface):
             "Sources": [bids_uri(scan.path, Path(self.inputs.bids_dir))],
             "Manual": False,
             "Description": f"Segmentation that came with {record['Method']}",
-            "ModelName": record["ModelName"],
-            "ModelHash": record["ModelHash"],
+            "Harmonization": record,
         }
         paths = tissue_paths(out_dir, scan, self.inputs.label)
+        for path in paths.values():  # without its sidecar none is taken for a finished one
+            sidecar_path(path).unlink(missing_ok=True)
         written = []
         for tissue, path in paths.items():
-            sidecar_path(path).unlink(missing_ok=True)
             if tissue == "dseg":
                 save_nifti(labels_of(shares) * mask, affine, path, dtype=np.uint8)
             else:

@@ -44,6 +44,7 @@ class StoredVolumes(Sequence[Volume]):
             return StoredVolumes(self._stems[index])
         stem, facts = self._stems[index], self.facts[index]
         data, affine = load(f"{stem}_scaled.nii")
+        labels = load(f"{stem}_labels.nii")[0] if facts.get("labelled") else None
         zooms = nb.affines.voxel_sizes(affine)
         return Volume(
             data=data,
@@ -55,7 +56,7 @@ class StoredVolumes(Sequence[Volume]):
             name=facts["name"],
             subject=facts["subject"],
             session=facts["session"],
-            labels=load(f"{stem}_labels.nii")[0].astype(np.uint8) if facts["labelled"] else None,
+            labels=None if labels is None else labels.astype(np.uint8),
         )
 
 

@@ -210,7 +210,7 @@ class Training:
     options
         Values of `NeuralMethod.train_options` that were chosen; the others have their defaults.
     wanted
-        Names of the volumes that show the reference, among those of all sites.
+        Names of the volumes of the reference's site, among those of all sites.
     """
 
     preset: str = "cpu"
@@ -295,7 +295,7 @@ class NeuralMethod(Method):
     def fit(
         cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:
-        """Train on volumes of the reference domain; with `by_example`, on those of all sites.
+        """Train on volumes of the reference domain; of all sites, where the card needs several.
 
         Raises
         ------

@@ -261,7 +261,9 @@ def _rebuild(folder: Path, content: dict[str, Any], arrays: dict[str, NDArray[An
         raise UsageError(
             f"{folder}: the arrays do not fit the method {name!r} ({error}); retrain the model"
         ) from error
-    if json.loads(json.dumps(contract)) != content["contract"]:
+    # a field that came after the bundle was written had its default
+    stored = {**asdict(Contract(())), **content["contract"]}
+    if json.loads(json.dumps(contract)) != json.loads(json.dumps(stored)):
         raise UsageError(
             f"{folder / MODEL}: its contract is not the one of the method {name!r} in this "
             f"version; retrain the model or use bids_harmony {content['version']}"

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Training
+from bids_harmony.methods.learnable import Known
 from bids_harmony.methods.slice_translation import (
     Preset,
     SliceTranslation,
     TranslationPart,
+    apart_of,
     canvas_of,
     facts_of,
     likeness_of,
@@ -50,16 +52,20 @@ class CycleGan(SliceTranslation[SliceTranslator]):
     network_kind: ClassVar[type[Any]] = SliceTranslator
 
     @classmethod
-    def _fit_part(
-        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
-    ) -> tuple[TranslationPart, dict[str, bytes]]:
-        others = sorted({b.site for b in brains if not b.wanted})
-        if len(others) != 1 or not any(b.wanted for b in brains):
+    def _check_people(cls, people: Sequence[Known]) -> None:
+        others = sorted({person.site for person in people if not person.wanted})
+        if len(others) != 1 or not any(person.wanted for person in people):
             raise ScanError(
                 "cyclegan learns one pair of sites: the reference and one other, and the other "
                 f"scans are of {', '.join(others) or 'no other site'}; choose participants of "
                 "two sites with --participant-label"
             )
+        apart_of(people)
+
+    @classmethod
+    def _fit_part(
+        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
+    ) -> tuple[TranslationPart, dict[str, bytes]]:
         learn, apart = split_brains(brains)
         torch.manual_seed(seed)
         networks = CycleNetworks(preset.base, preset.levels)

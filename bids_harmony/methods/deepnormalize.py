@@ -10,12 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, preset_named
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.deepnormalize_part import Part, fit_part, normalized_brain
-from bids_harmony.methods.deepnormalize_training import Preset, stacked, standardized
+from bids_harmony.methods.deepnormalize_training import (
+    Preset,
+    apart_of,
+    stacked,
+    standardized,
+)
+from bids_harmony.methods.learnable import learnable
 from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.fit import Plan
 
@@ -96,14 +101,9 @@ class DeepNormalize(ByModality[Part]):
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         strength = training.options.get("lambda", cls.train_options.get("lambda", 0.0))
-        groups: dict[str, list[int]] = {}
-        for index in range(len(volumes)):
-            groups.setdefault(volumes[index].modality, []).append(index)
-        if not groups:
-            raise ScanError(f"{cls.name}: no scan was given")
         return cls._learned(
             volumes,
-            dict(sorted(groups.items())),
+            learnable(cls.name, volumes, training.wanted, apart_of),
             training,
             lambda chosen, share: fit_part(
                 [{v.modality: cls._seen(v)} for v in chosen],

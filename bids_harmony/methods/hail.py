@@ -31,6 +31,7 @@ from bids_harmony.methods.hail_part import (
 )
 from bids_harmony.methods.hail_training import Preset, held_out_subjects
 from bids_harmony.methods.hail_volumes import Brain, brain_of, redrawing_error, style_of
+from bids_harmony.methods.learnable import learnable
 from bids_harmony.training.fit import Plan
 
 LOG = logging.getLogger("bids_harmony")
@@ -122,7 +123,12 @@ class Hail(ByModality[Part]):
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         return cls._learned(
             volumes,
-            _learnable(volumes),
+            learnable(
+                cls.name,
+                volumes,
+                frozenset(),
+                lambda people: held_out_subjects([(k.site, k.subject) for k in people]),
+            ),
             training,
             lambda chosen, share: fit_part(chosen, preset, seed, share),
         )
@@ -221,28 +227,6 @@ class Hail(ByModality[Part]):
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
         return Part.from_state(arrays, params)
-
-
-def _learnable(volumes: Sequence[Volume]) -> dict[str, list[int]]:
-    """Indices of the volumes of each modality that can be learned, before any is."""
-    groups: dict[str, list[int]] = {}
-    people: dict[str, list[tuple[str, str]]] = {}
-    for index in range(len(volumes)):
-        volume = volumes[index]
-        groups.setdefault(volume.modality, []).append(index)
-        subject = volume.subject or volume.name
-        people.setdefault(volume.modality, []).append((volume.site, subject))
-    left_out: dict[str, str] = {}
-    for modality, of in people.items():
-        try:
-            held_out_subjects(of)
-        except ScanError as error:
-            left_out[modality] = f"{modality}: {error}"
-    if left_out.keys() == groups.keys():
-        raise ScanError("; ".join(left_out[m] for m in sorted(left_out)) or "hail: no scan")
-    for reason in left_out.values():
-        LOG.warning("left out of the training: %s", reason)
-    return {m: groups[m] for m in sorted(groups) if m not in left_out}
 
 
 def _doubts(part: Part, error: float, drawing: Drawing, before: float, after: float) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bids_harmony.errors import UsageError
-from bids_harmony.methods.options import MethodOption, read_options
+from bids_harmony.methods.options import LEVELS, MethodOption, read_options
 
 if TYPE_CHECKING:
     from bids_harmony.methods.base import Method
@@ -245,9 +245,15 @@ def load(name: str) -> type[Method]:
         raise UsageError(f"{card.target} is not a harmonization method named {name!r}")
     is_so: tuple[Any, ...] = (False, False, False, (), {})
     if issubclass(found, NeuralMethod):
-        own = {**found.train_options, **found.participant_options}
+        own = {
+            (name, level): default
+            for level, options in zip(
+                LEVELS, (found.train_options, found.participant_options), strict=True
+            )
+            for name, default in options.items()
+        }
         is_so = (True, found.adapts, found.by_example, found.presets, own)
-    said = {option.name: option.default for option in card.options}
+    said = {(option.name, option.level): option.default for option in card.options}
     if is_so != (card.kind == "neural", card.adapts, card.by_example, card.presets, said):
         raise UsageError(
             f"{card.target} and its card differ in kind, adapts, by_example, presets or options; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, pr
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.hail_volumes import brain_of
 from bids_harmony.methods.held_out import held_out
+from bids_harmony.methods.learnable import Known, learnable
 from bids_harmony.methods.likeness import Likeness, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.training.contrasts import full_slices
@@ -55,17 +56,6 @@ class Preset:
     judge_rate: float = 4e-4
 
 
-class Sliced(Protocol):
-    """A network on slices of a square canvas."""
-
-    @property
-    def divisor(self) -> int:
-        """Height and width must be multiples of it."""
-
-    def config(self) -> dict[str, Any]:
-        """Arguments that make the same network, untrained."""
-
-
 def site_brains(volumes: Sequence[Volume], wanted: frozenset[str]) -> list[SiteBrain]:
     """Training brains from volumes on one grid.
 
@@ -93,20 +83,26 @@ def site_brains(volumes: Sequence[Volume], wanted: frozenset[str]) -> list[SiteB
     return brains
 
 
-def split_brains(brains: Sequence[SiteBrain]) -> tuple[list[SiteBrain], list[SiteBrain]]:
-    """Brains to learn from, and those of held-out subjects.
+def apart_of(people: Sequence[Known | SiteBrain]) -> set[str]:
+    """Subjects to hold out.
 
     Raises
     ------
     ScanError
-        If nobody can be held out.
+        If nobody can be.
     """
-    apart = held_out((brain.site, brain.subject) for brain in brains)
+    apart = held_out((person.site, person.subject) for person in people)
     if not apart:
         raise ScanError(
             "two subjects or more are needed at one of the sites, since one is held out; give "
             "scans of more subjects"
         )
+    return apart
+
+
+def split_brains(brains: Sequence[SiteBrain]) -> tuple[list[SiteBrain], list[SiteBrain]]:
+    """Brains to learn from, and those of held-out subjects; ScanError as `apart_of`."""
+    apart = apart_of(brains)
     return [b for b in brains if b.subject not in apart], [b for b in brains if b.subject in apart]
 
 
@@ -244,19 +240,20 @@ class SliceTranslation(ByModality[TranslationPart], Generic[P]):
         """
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
-        groups: dict[str, list[int]] = {}
-        for index in range(len(volumes)):
-            groups.setdefault(volumes[index].modality, []).append(index)
-        if not groups:
-            raise ScanError(f"{cls.name}: no scan was given")
+        reference = frozenset() if cls.by_example else training.wanted
         return cls._learned(
             volumes,
-            dict(sorted(groups.items())),
+            learnable(cls.name, volumes, reference, cls._check_people),
             training,
             lambda chosen, share: cls._fit_part(
                 site_brains(chosen, training.wanted), preset, seed, share
             ),
         )
+
+    @classmethod
+    @abstractmethod
+    def _check_people(cls, people: Sequence[Known]) -> None:
+        """ScanError if nothing can be learned of these people's scans."""
 
     @classmethod
     @abstractmethod

@@ -13,10 +13,12 @@ from torch import Tensor
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume
 from bids_harmony.methods.hail_volumes import brain_of
+from bids_harmony.methods.learnable import Known
 from bids_harmony.methods.slice_translation import (
     Preset,
     SliceTranslation,
     TranslationPart,
+    apart_of,
     canvas_of,
     facts_of,
     likeness_of,
@@ -63,15 +65,19 @@ class StyleGan(SliceTranslation[StyleNetworks]):
         return self.contract_for_preset(tuple(shown or self._parts), self._preset)
 
     @classmethod
-    def _fit_part(
-        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
-    ) -> tuple[TranslationPart, dict[str, bytes]]:
-        sites = sorted({b.site for b in brains})
+    def _check_people(cls, people: Sequence[Known]) -> None:
+        sites = sorted({person.site for person in people})
         if len(sites) < 2:
             raise ScanError(
                 f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
                 "scans of another site, or use a method that is trained on one"
             )
+        apart_of(people)
+
+    @classmethod
+    def _fit_part(
+        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
+    ) -> tuple[TranslationPart, dict[str, bytes]]:
         learn, apart = split_brains(brains)
         torch.manual_seed(seed)
         networks = StyleNetworks(preset.base, preset.levels)

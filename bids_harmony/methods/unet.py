@@ -14,6 +14,7 @@ from torch import Tensor
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.align import find_rigid, moved
 from bids_harmony.methods.base import Training
+from bids_harmony.methods.learnable import Known
 from bids_harmony.methods.slice_translation import (
     Preset,
     SliceTranslation,
@@ -50,17 +51,28 @@ class PairedUNet(SliceTranslation[SliceTranslator]):
     network_kind: ClassVar[type[Any]] = SliceTranslator
 
     @classmethod
-    def _fit_part(
-        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
-    ) -> tuple[TranslationPart, dict[str, bytes]]:
-        pairs = travelling_pairs(brains, preset.resolution)
-        subjects = sorted({a.subject for a, _ in pairs})
+    def _check_people(cls, people: Sequence[Known]) -> None:
+        there = {person.subject for person in people if person.wanted}
+        subjects = sorted({k.subject for k in people if not k.wanted and k.subject in there})
+        if not subjects:
+            raise ScanError(
+                "unet learns from travelling subjects, and nobody of the training scans was "
+                "scanned at the reference and at another site; give such scans, or use a method "
+                "that needs none"
+            )
         if len(subjects) < 2:
             raise ScanError(
                 "unet learns from people scanned at the reference and at another site, of whom "
                 f"one is held out, and there is only {', '.join(subjects)}; give scans of two "
                 "travelling subjects or more, or use a method that needs none"
             )
+
+    @classmethod
+    def _fit_part(
+        cls, brains: Sequence[SiteBrain], preset: Preset, seed: int, training: Training
+    ) -> tuple[TranslationPart, dict[str, bytes]]:
+        pairs = travelling_pairs(brains, preset.resolution)
+        subjects = sorted({a.subject for a, _ in pairs})
         apart = set(subjects[-max(round(len(subjects) / 5), 1) :])
         learn = [pair for pair in pairs if pair[0].subject not in apart]
         checks = [pair for pair in pairs if pair[0].subject in apart]
@@ -108,24 +120,13 @@ class PairedUNet(SliceTranslation[SliceTranslator]):
 def travelling_pairs(brains: Sequence[SiteBrain], resolution: float) -> list[Pair]:
     """Each scan of another site with the first scan of the same subject at the reference.
 
-    The reference's scan is brought onto the other's place and shares its mask where both are.
-
-    Raises
-    ------
-    ScanError
-        If no subject was scanned at both.
+    The reference's scan is brought onto the other's place.
     """
     wanted: dict[str, SiteBrain] = {}
     for brain in brains:
         if brain.wanted:
             wanted.setdefault(brain.subject, brain)
     pairs = [(b, wanted[b.subject]) for b in brains if not b.wanted and b.subject in wanted]
-    if not pairs:
-        raise ScanError(
-            "unet learns from travelling subjects, and nobody of the training scans was scanned "
-            "at the reference and at another site; give such scans, or use a method that needs "
-            "none"
-        )
     return [(other, in_place(other, theirs, resolution)) for other, theirs in pairs]
 
 

@@ -285,16 +285,20 @@ def _store(image: FloatArray, dtype: str) -> tuple[NDArray[np.generic], float]:
     return np.clip(np.rint(image), 0, 4095).astype(np.int16), 1.0
 
 
+_LONGEST = 1.5  # of the smallest edge
+
+
 def voxel_size(protocol: Protocol, resolution: float | None) -> tuple[FloatArray, float]:
     """Voxel size (mm), smallest edge ``resolution``, and its ratio to the protocol's own.
 
-    Slices thicker than `resolution` are not made thicker: nobody acquires them so.
+    Edges are made at most half as long again as `resolution`, unless they are longer by
+    themselves: nobody acquires slices of 10 mm.
     """
     voxel = np.array(protocol.voxel, dtype=float)
     scale = 1.0 if resolution is None else resolution / float(voxel.min())
-    if resolution is not None and scale > 1:
-        return np.where(voxel > resolution, voxel, voxel * scale), scale
-    return voxel * scale, scale
+    if resolution is None:
+        return voxel, scale
+    return np.minimum(voxel * scale, np.maximum(voxel, _LONGEST * resolution)), scale
 
 
 def acquire(

@@ -310,7 +310,8 @@ class _Module(lightning.LightningModule):
         self._draw, self._loss, self._held_out = draw, loss, held_out
         self._plan, self._seed, self._name = plan, seed, name
         self.curve: list[dict[str, float]] = []
-        self.taken = self.rejected = self._in_a_row = 0
+        self.taken = self.rejected = 0
+        self._in_a_row: dict[int, int] = {}
         self._sum, self._count = 0.0, 0
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -337,6 +338,7 @@ class _Module(lightning.LightningModule):
         found: Any = self.optimizers()
         own, *others = found if isinstance(found, list) else [found]
         source = _generator(self._seed + 1, step, self.device)
+        torch.manual_seed((self._seed + 2) * 1_000_003 + step)  # dropout, also after a resume
         if self._adversary:
             rate = self._rate(step, self._adversary.rate)
             for batch in batches[:-1]:
@@ -363,18 +365,19 @@ class _Module(lightning.LightningModule):
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             for buffer, old in zip(self.network.buffers(), before, strict=True):
                 buffer.copy_(old)  # running statistics, which the forward pass has changed
-            self._reject()
+            self._reject(optimizer)
             return None
-        self._in_a_row = 0
+        self._in_a_row[id(optimizer)] = 0
         optimizer.step()
         return float(loss.detach())
 
-    def _reject(self) -> None:
+    def _reject(self, optimizer: Any) -> None:
+        """Count a step that was not finite; each optimizer's come in a row of their own."""
         self.rejected += 1
-        self._in_a_row += 1
-        if self._in_a_row >= _REJECTED_LIMIT:
+        count = self._in_a_row[id(optimizer)] = self._in_a_row.get(id(optimizer), 0) + 1
+        if count >= _REJECTED_LIMIT:
             raise HarmonyError(
-                f"training: {self._in_a_row} steps in a row were not finite; check the training "
+                f"training: {count} steps in a row were not finite; check the training "
                 "scans for artefacts, or train with another --random-seed"
             )
 

@@ -107,24 +107,27 @@ class TissueDrawer:
         brain = self._of[site][pick(len(self._of[site]), generator)]
         places = self._places[brain.name]
         centre = [int(v) for v in places[pick(len(places), generator)]]
-        factor = self._field(brain, generator)
         clean = cut_cube(brain.images, centre, self._side)
-        shown = cut_cube(brain.images * factor, centre, self._side)
-        mask = cut_cube(brain.mask[None].float(), centre, self._side)
-        labels = cut_cube(brain.labels[None].float(), centre, self._side)[0].long()
+        shown = clean * self._field(brain, centre, generator)
+        mask = cut_cube(brain.mask[None], centre, self._side).float()
+        labels = cut_cube(brain.labels[None], centre, self._side)[0].long()
         if pick(2, generator):
             shown, clean, mask, labels = (v.flip(-3) for v in (shown, clean, mask, labels))
         return shown, clean, mask, labels, site
 
-    def _field(self, brain: LabelledBrain, generator: torch.Generator) -> Tensor:
-        """A field over the whole brain, along one axis in either direction; often none."""
+    def _field(
+        self, brain: LabelledBrain, centre: Sequence[int], generator: torch.Generator
+    ) -> Tensor:
+        """Part of a field over the whole brain, along one axis in either direction; often 1."""
         axis, backward = pick(3, generator), pick(2, generator)
         slope = float(torch.rand((), generator=generator))
         if not self._biased or float(torch.rand((), generator=generator)) >= _BIASED:
             return torch.ones(1)
         field = bias_field(brain.mask.shape[axis], slope)
         field = field.flip(0) if backward else field
-        return field.view([-1 if k == axis else 1 for k in range(3)])
+        start = centre[axis] - self._side // 2
+        place = torch.arange(start, start + self._side).clamp(0, len(field) - 1)
+        return field[place].view([-1 if k == axis else 1 for k in range(3)])
 
 
 def cut_cube(image: Tensor, centre: Sequence[int], side: int) -> Tensor:

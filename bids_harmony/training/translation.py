@@ -63,19 +63,24 @@ class PairedSlices:
     def __init__(
         self, pairs: Sequence[tuple[SiteBrain, SiteBrain]], *, side: int, count: int
     ) -> None:
-        self._pairs, self._side, self._count = pairs, side, count
-        self._full = [[full_slices(a.mask & b.mask, k) for k in range(3)] for a, b in pairs]
+        self._side, self._count = side, count
+        self._masks = [a.mask & b.mask for a, b in pairs]
+        self._images = [
+            [brain.image * mask for brain in pair]
+            for pair, mask in zip(pairs, self._masks, strict=True)
+        ]
+        self._full = [[full_slices(mask, k) for k in range(3)] for mask in self._masks]
 
     def __call__(self, generator: torch.Generator) -> SlicePair:
         rows = []
         for _ in range(self._count):
-            index, axis = pick(len(self._pairs), generator), pick(3, generator)
+            index, axis = pick(len(self._masks), generator), pick(3, generator)
             usable = self._full[index][axis]
             place, mirrored = usable[pick(len(usable), generator)], pick(2, generator)
-            common = self._pairs[index][0].mask & self._pairs[index][1].mask
+            common = _slice(self._masks[index], axis, place)
             parts = []
-            for brain in self._pairs[index]:
-                parts += [_slice(brain.image * common, axis, place), _slice(common, axis, place)]
+            for image in self._images[index]:
+                parts += [_slice(image, axis, place), common]
             rows.append(_placed(parts, self._side, bool(mirrored) and axis != 0))
         return SlicePair(*(torch.stack(part) for part in zip(*rows, strict=True)))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from nipype.pipeline.engine import Workflow
 
 from bids_harmony.bids.derivatives import Precomputed
+from bids_harmony.bids.names import fragment_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
@@ -52,6 +53,9 @@ def harmonize_scans(
     outcomes = [Outcome(s.stem, s.subject, "skipped", "done by an earlier run") for s in done]
     for outcome in outcomes:
         on_outcome(outcome)
+
+    for scan in todo if target is not None else ():  # a section of other settings is not theirs
+        fragment_path(job.place.out_dir, scan, job.place.desc).unlink(missing_ok=True)
 
     def build(scan: Scan) -> Workflow:
         return init_scan_wf(

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bids_harmony.bids.derivatives import Precomputed, find_precomputed
-from bids_harmony.bids.names import derivative_path, sidecar_path
+from bids_harmony.bids.names import derivative_path, fragment_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.interfaces.files import sha256
-from bids_harmony.interfaces.report import fragment_path
 from bids_harmony.interfaces.tissues import tissue_label, tissue_paths
 from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing
 
@@ -97,10 +96,7 @@ def is_done(
         return False
     if segments:
         label = tissue_label(str(settings["Method"]), place.desc)
-        for path in tissue_paths(place.out_dir, scan, label).values():
-            words = _read(sidecar_path(path)) or {}
-            if not path.is_file() or words.get("ModelHash") != settings["ModelHash"]:
-                return False
+        images += tissue_paths(place.out_dir, scan, label).values()
     for image in images:
         record = (_read(sidecar_path(image)) or {}).get("Harmonization", {})
         if not image.is_file() or any(record.get(k) != v for k, v in wanted.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,13 @@ import numpy as np
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.scan import Scan
-from bids_harmony.errors import ExitCode, HarmonyError, NothingSelectedError, UsageError
+from bids_harmony.errors import (
+    ExitCode,
+    HarmonyError,
+    NothingSelectedError,
+    ScanError,
+    UsageError,
+)
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import IntensityScale, median_scale
 from bids_harmony.interfaces.files import sha256
@@ -30,6 +37,7 @@ from bids_harmony.workflows.models import reference_words
 from bids_harmony.workflows.settings import Job, Preprocessing
 from bids_harmony.workflows.volumes import store_volumes
 
+LOG = logging.getLogger("bids_harmony")
 _QUANTILES = 2001
 _PROBABILITY = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
 
@@ -124,7 +132,8 @@ def fit_reference(
     folder = job.place.out_dir / "models" / fit.name
     if not issubclass(kind, NeuralMethod):
         return save_bundle(folder, kind.fit(volumes, seed=job.prep.seed), meta=meta), outcomes
-    names = frozenset(f["name"] for f in wanted.facts)
+    home = {f["site"] for f in wanted.facts}
+    names = frozenset(f["name"] for f in volumes.facts if f["site"] in home)
     with training_folder(fit, stems, job) as training:
         with memory_in_words(fit):
             shown = replace(training, wanted=names)
@@ -281,7 +290,11 @@ def common_meta(
     sites = ", ".join(sorted({facts["site"] for facts in volumes.facts}))
     curves: dict[str, list[Any]] = {}
     for volume in wanted:
-        data = model.harmonize(volume, seed=prep.seed).data
+        try:
+            data = model.harmonize(volume, seed=prep.seed).data
+        except ScanError as error:
+            LOG.warning("does not show the common appearance: %s", error)
+            continue
         values = np.asarray(data[volume.mask], dtype=np.float64)
         curves.setdefault(volume.modality, []).append(mid_quantiles(values, _PROBABILITY))
     return {

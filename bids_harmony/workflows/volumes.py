@@ -33,6 +33,7 @@ def volume_key(prep: Preprocessing, contract: Contract) -> dict[str, Any]:
         **prep.fingerprint,
         "Grid": [contract.grid, contract.resolution],
         "Scale": contract.scale,
+        **({"Labels": "tissues"} if contract.labels else {}),
     }
 
 
@@ -106,10 +107,11 @@ def _labels(scans: Sequence[Scan], job: Job) -> tuple[dict[str, TissueLabels], l
     return found, refused
 
 
-def _labels_key(labels: TissueLabels) -> dict[str, str]:
-    """Source and checksums of a scan's labels: labels that were mended are others."""
+def _labels_key(labels: TissueLabels) -> dict[str, Any]:
+    """Source, checksums and meaning of a scan's labels: labels that were mended are others."""
     sums = {name: sha256(path)[:12] for name, path in sorted(labels.files.items())}
-    return {"source": labels.source, **sums}
+    mapping = {str(number): tissue for number, tissue in sorted(labels.mapping.items())}
+    return {"source": labels.source, **sums, "mapping": mapping}
 
 
 def _is_stored(stem: Path, scan: Scan, key: Mapping[str, Any]) -> bool:
