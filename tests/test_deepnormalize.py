@@ -217,7 +217,6 @@ def test_networks_know_their_sizes():
     nets = networks(channels=2, sites=3)
     again = NormalizerNetworks.from_config(json.loads(json.dumps(nets.config())))
     again.load_state_dict(nets.state_dict())
-    assert UNet3d.from_config(nets.generator.config()).widths == (4, 8)
     with pytest.raises(ValueError, match="multiple of 2"):
         nets.generator(torch.zeros(1, 2, 15, 16, 16))
     with pytest.raises(ValueError, match="two levels"):

@@ -17,11 +17,10 @@ from bids_harmony.methods.slice_translation import (
     TranslationPart,
     apart_of,
     canvas_of,
-    facts_of,
     likeness_of,
     split_brains,
 )
-from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.methods.training_files import curves_csv, run_facts, site_facts, training_png
 from bids_harmony.networks.translation import CycleNetworks, SliceTranslator
 from bids_harmony.training.fit import Adversary, Plan, train_network
 from bids_harmony.training.slice_losses import masked_l1
@@ -94,7 +93,9 @@ class CycleGan(SliceTranslation[SliceTranslator]):
         )  # fmt: skip
         network = networks.to_reference.requires_grad_(False)
         alike = likeness_of(learn, apart, preset.resolution)
-        part = TranslationPart(network, side, alike, facts_of(learn, apart, run))
+        part = TranslationPart(
+            network, side, alike, {**site_facts(learn, apart), **run_facts(run)}
+        )
         return part, {
             "curves.csv": curves_csv({"cyclegan": run}),
             "training.png": training_png({"cyclegan": run}),

@@ -23,9 +23,14 @@ from bids_harmony.methods.deepnormalize_training import (
 )
 from bids_harmony.methods.likeness import Likeness, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
-from bids_harmony.methods.training_files import brains_png, curves_csv, training_png
+from bids_harmony.methods.training_files import (
+    brains_png,
+    curves_csv,
+    run_facts,
+    site_facts,
+    training_png,
+)
 from bids_harmony.networks.deepnormalize import NormalizerNetworks
-from bids_harmony.training.fit import Trained
 from bids_harmony.training.normalizer_losses import divergence, histograms
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
@@ -193,7 +198,7 @@ def fit_part(
     }
     networks.cpu()
     modalities = tuple(sorted(sessions[0]))
-    scores = {**_facts(learn, apart, run), **_held_out_scores(apart, results)}
+    scores = {**site_facts(learn, apart), **run_facts(run), **_held_out_scores(apart, results)}
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)
     files = {
@@ -230,23 +235,6 @@ def _held_out_scores(
         "held_out_divergence_of_sites_bits": {
             when: round(divergence(found), 5) for when, found in counts.items()
         },
-    }
-
-
-def _facts(
-    learn: Sequence[LabelledBrain], apart: Sequence[LabelledBrain], run: Trained
-) -> dict[str, Any]:
-    """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
-    return {
-        "sites": {
-            site: sum(brain.site == site for brain in learn)
-            for site in sorted({brain.site for brain in learn})
-        },
-        "held_out_subjects": len({brain.subject for brain in apart}),
-        "steps": run.steps,
-        "rejected_steps": run.rejected,
-        "best_held_out": round(run.best, 5),
-        "stop_reason": run.stop_reason,
     }
 
 

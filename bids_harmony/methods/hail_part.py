@@ -25,7 +25,13 @@ from bids_harmony.methods.hail_training import (
 from bids_harmony.methods.hail_volumes import Brain, draw_brain, redrawing_error
 from bids_harmony.methods.likeness import Likeness, Range, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
-from bids_harmony.methods.training_files import brains_png, curves_csv, training_png
+from bids_harmony.methods.training_files import (
+    brains_png,
+    curves_csv,
+    run_facts,
+    site_facts,
+    training_png,
+)
 from bids_harmony.networks.hail import QUANTILES, HailNetwork
 from bids_harmony.training.fit import Trained
 
@@ -274,22 +280,10 @@ def _facts(
 ) -> dict[str, Any]:
     """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
     return {
-        "sites": {
-            site: sum(scan.site == site for scan in scans)
-            for site in sorted({scan.site for scan in scans})
-        },
-        "held_out_subjects": len(apart),
+        **site_facts(scans, [scan for scan in scans if scan.subject in apart]),
         "held_out_redrawing_error": round(part.redrawing.mean, 4),
         "held_out_unlikeness": round(part.likeness.unlikeness.mean, 4),
-        **{
-            name: {
-                "steps": run.steps,
-                "rejected_steps": run.rejected,
-                "best_held_out": round(run.best, 5),
-                "stop_reason": run.stop_reason,
-            }
-            for name, run in runs.items()
-        },
+        **{name: run_facts(run) for name, run in runs.items()},
     }
 
 

@@ -21,7 +21,7 @@ from bids_harmony.methods.learnable import Known, learnable
 from bids_harmony.methods.likeness import Likeness, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.training.contrasts import full_slices
-from bids_harmony.training.fit import Plan, Trained
+from bids_harmony.training.fit import Plan
 from bids_harmony.training.slices import canvas_size, on_canvas
 from bids_harmony.training.translation import SiteBrain
 
@@ -320,20 +320,3 @@ def likeness_of(
     return Likeness.of(
         *([rank_cells(b.image, b.mask, spacing)[0] for b in group] for group in (learn, apart))
     )
-
-
-def facts_of(
-    learn: Sequence[SiteBrain], apart: Sequence[SiteBrain], run: Trained
-) -> dict[str, Any]:
-    """What the bundle says of a training; no times, so that equal trainings give equal bundles."""
-    return {
-        "sites": {
-            site: sum(brain.site == site for brain in learn)
-            for site in sorted({brain.site for brain in learn})
-        },
-        "held_out_subjects": len({brain.subject for brain in apart}),
-        "steps": run.steps,
-        "rejected_steps": run.rejected,
-        "best_held_out": round(run.best, 5),
-        "stop_reason": run.stop_reason,
-    }

@@ -20,11 +20,10 @@ from bids_harmony.methods.slice_translation import (
     TranslationPart,
     apart_of,
     canvas_of,
-    facts_of,
     likeness_of,
     split_brains,
 )
-from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.methods.training_files import curves_csv, run_facts, site_facts, training_png
 from bids_harmony.networks.translation import StyleNetworks
 from bids_harmony.training.contrasts import full_slices
 from bids_harmony.training.fit import Adversary, Plan, train_network
@@ -101,7 +100,9 @@ class StyleGan(SliceTranslation[StyleNetworks]):
         )  # fmt: skip
         networks.requires_grad_(False)
         alike = likeness_of(learn, apart, preset.resolution)
-        part = TranslationPart(networks, side, alike, facts_of(learn, apart, run))
+        part = TranslationPart(
+            networks, side, alike, {**site_facts(learn, apart), **run_facts(run)}
+        )
         return part, {
             "curves.csv": curves_csv({"stylegan": run}),
             "training.png": training_png({"stylegan": run}),

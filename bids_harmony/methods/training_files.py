@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,18 @@ _SAMPLES = 4
 _TEMPERATURE = 0.7
 
 
+class Person(Protocol):
+    """Whose a scan is."""
+
+    @property
+    def site(self) -> str:
+        """Label."""
+
+    @property
+    def subject(self) -> str:
+        """Label."""
+
+
 def curves_csv(runs: Mapping[str, Trained]) -> bytes:
     """Training loss and held-out score of each network by step."""
     rows = ["network,step,loss,held_out"]
@@ -28,6 +41,27 @@ def curves_csv(runs: Mapping[str, Trained]) -> bytes:
             for row in run.curve
         ]
     return ("\n".join(rows) + "\n").encode()
+
+
+def run_facts(run: Trained) -> dict[str, Any]:
+    """What a bundle says of a training; no times, so that equal trainings give equal bundles."""
+    return {
+        "steps": run.steps,
+        "rejected_steps": run.rejected,
+        "best_held_out": round(run.best, 5),
+        "stop_reason": run.stop_reason,
+    }
+
+
+def site_facts(learn: Sequence[Person], apart: Sequence[Person]) -> dict[str, Any]:
+    """Training scans by site, and how many subjects were held out."""
+    return {
+        "sites": {
+            site: sum(person.site == site for person in learn)
+            for site in sorted({person.site for person in learn})
+        },
+        "held_out_subjects": len({person.subject for person in apart}),
+    }
 
 
 def training_png(runs: Mapping[str, Trained]) -> bytes:

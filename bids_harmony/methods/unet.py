@@ -20,10 +20,9 @@ from bids_harmony.methods.slice_translation import (
     SliceTranslation,
     TranslationPart,
     canvas_of,
-    facts_of,
     likeness_of,
 )
-from bids_harmony.methods.training_files import curves_csv, training_png
+from bids_harmony.methods.training_files import curves_csv, run_facts, site_facts, training_png
 from bids_harmony.networks.translation import SliceTranslator
 from bids_harmony.training.fit import Plan, train_network
 from bids_harmony.training.slice_losses import masked_l1
@@ -104,7 +103,7 @@ class PairedUNet(SliceTranslation[SliceTranslator]):
         )
         network.requires_grad_(False)
         inputs = [pair[0] for pair in learn], [pair[0] for pair in checks]
-        scores = {**facts_of(*inputs, run), "pairs": len(pairs)}
+        scores = {**site_facts(*inputs), **run_facts(run), "pairs": len(pairs)}
         part = TranslationPart(network, side, likeness_of(*inputs, preset.resolution), scores)
         files = {
             "curves.csv": curves_csv({"unet": run}),

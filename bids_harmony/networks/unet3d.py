@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +45,6 @@ class UNet3d(nn.Module):
     def divisor(self) -> int:
         """Every side of a volume must be a multiple of it."""
         return int(2 ** (len(self.widths) - 1))
-
-    def config(self) -> dict[str, Any]:
-        """Arguments that make the same network, untrained."""
-        return {"inputs": self.inputs, "outputs": self.outputs, "widths": list(self.widths)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> UNet3d:
-        """Inverse of `config`."""
-        return cls(int(config["inputs"]), int(config["outputs"]), config["widths"])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, X, Y, Z) to (B, outputs, X, Y, Z).
