@@ -136,14 +136,20 @@ def test_options_of_a_method(tiny, transforms, works, tmp_path, log):
     harmonize = ["--model", "tiny-A", "--adapt", "none", "--participant-label", "01"]
     harmonize += quick(works, transforms)
     means = []
-    for options in ([], ["--method-option", "boost=.5"]):
+    half_boost = ["--method-option", "boost=.5"]
+    for options, desc in (([], "harmonized"), ([*half_boost, "--desc", "half"], "half")):
         ran = call(tiny.root, out, "participant", *harmonize, *options)
         assert ran.code == 0, ran.out + ran.err
-        (path,) = out.glob("sub-01/**/*_desc-harmonized_T1w.nii.gz")
+        (path,) = out.glob(f"sub-01/**/*_desc-{desc}_T1w.nii.gz")
         means.append(nb.load(path).get_fdata().mean())
         made = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
         assert made["Harmonization"]["MethodOptions"] == {"boost": 0.5 if options else 1.0}
     assert means[1] < 0.6 * means[0]
+    ran = call(tiny.root, out, "participant", *harmonize, *half_boost)
+    assert ran.code == 64
+    assert "with --method-option boost=1 under desc-harmonized, not --method-option boost=0.5" in (
+        ran.err
+    )
 
 
 def test_dry_run_says_how_it_would_train(tiny, transforms, works, tmp_path, log):

@@ -67,7 +67,7 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
             write_json(path, mine)
         return
     if before != mine and before.get("ModelHash") == target.hash:
-        theirs, ours = _settings_words(before), _settings_words(mine)
+        theirs, ours = _settings_words(before, mine), _settings_words(mine, before)
         raise UsageError(
             f"{out_dir} holds scans with {theirs} under desc-{desc}, not {ours}; choose another "
             "--desc or another OUT_DIR"
@@ -80,12 +80,15 @@ def claim_desc(out_dir: Path, desc: str, target: Target, *, write: bool = True) 
         )
 
 
-def _settings_words(claim: Mapping[str, Any]) -> str:
-    """Options that a claim was made with, as the command line says them."""
-    words = [f"--adapt {claim['Adapt']}"] if "Adapt" in claim else []
-    options = [f"{name}={value:g}" for name, value in claim.get("MethodOptions", {}).items()]
-    words += [f"--method-option {' '.join(options)}"] if options else []
-    return " ".join(words) or "no options"
+def _settings_words(claim: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Options of a claim that are not those of another, as the command line says them."""
+    words = []
+    if claim.get("Adapt") != other.get("Adapt"):
+        words.append(f"--adapt {claim.get('Adapt')}")
+    if claim.get("MethodOptions") != other.get("MethodOptions"):
+        options = claim.get("MethodOptions", {}).items()
+        words.append(f"--method-option {' '.join(f'{k}={v:g}' for k, v in options)}")
+    return " ".join(words)
 
 
 def write_root(config: Config, descriptions: Mapping[str, str]) -> None:
