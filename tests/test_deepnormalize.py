@@ -443,7 +443,7 @@ def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, bra
     brain = raw > 0
     assert np.array_equal(np.stack([rest, *maps]).argmax(0)[brain], labels[brain])
     sidecar = json.loads((anat / "sub-05_desc-deepnormalize_dseg.json").read_text())
-    assert sidecar["ModelHash"] == bundle.hash
+    assert sidecar["Harmonization"]["ModelHash"] == bundle.hash
     assert (out / "desc-deepnormalize_dseg.tsv").read_text().splitlines()[3] == (
         "2\tgrey matter\tGM"
     )

@@ -18,7 +18,7 @@ from bids_harmony.imaging.layout import Layout  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
-from bids_harmony.methods.hail import Hail, _learnable  # noqa: E402
+from bids_harmony.methods.hail import Hail  # noqa: E402
 from bids_harmony.methods.hail_losses import Weights, transfer, weighted  # noqa: E402
 from bids_harmony.methods.hail_part import MOST_CHANGE, changed  # noqa: E402
 from bids_harmony.methods.hail_training import (  # noqa: E402
@@ -33,6 +33,7 @@ from bids_harmony.methods.hail_volumes import (  # noqa: E402
     style_of,
     windows,
 )
+from bids_harmony.methods.learnable import learnable  # noqa: E402
 from bids_harmony.methods.likeness import Range, rank_cells  # noqa: E402
 from bids_harmony.networks.hail import (  # noqa: E402
     QUANTILES,
@@ -354,7 +355,7 @@ def test_who_is_held_out():
 
 def test_one_site_is_refused():
     with pytest.raises(ScanError, match=r"T1w: scans of two sites .* give scans of another site"):
-        _learnable(VOLUMES[:3])
+        Hail.fit(VOLUMES[:3], seed=0)
     small = replace(VOLUMES[3], data=VOLUMES[3].data[:-1], mask=VOLUMES[3].mask[:-1])
     with pytest.raises(ScanError, match="different shapes"):
         scans_of([*VOLUMES[:3], small])
@@ -363,7 +364,10 @@ def test_one_site_is_refused():
 def test_a_modality_of_one_site_is_left_out_before_anything_is_trained(caplog):
     flair = [replace(v, modality="FLAIR") for v in VOLUMES[:3]]
     with caplog.at_level("WARNING", "bids_harmony"):
-        found = _learnable([*flair, *VOLUMES])
+        found = learnable(
+            "hail", [*flair, *VOLUMES], frozenset(),
+            lambda people: held_out_subjects([(k.site, k.subject) for k in people]),
+        )  # fmt: skip
     assert found == {"T1w": list(range(3, 3 + len(VOLUMES)))}
     assert "left out of the training: FLAIR: scans of two sites" in caplog.text
 

@@ -222,7 +222,8 @@ def needy(plugin):
     """The plug-in's card names a module that is not installed."""
     card = Path(plugin) / "tiny_plugin" / "tiny.toml"
     text = card.read_text()
-    card.write_text(text.replace('["numpy"]', '["no_such_torch"]') + 'install = "tiny[neural]"\n')
+    more = '["no_such_torch"]\ninstall = "tiny[neural]"'
+    card.write_text(text.replace('["numpy"]', more))
     yield
     card.write_text(text)
 

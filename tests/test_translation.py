@@ -104,8 +104,7 @@ def test_pairs_are_travelling_subjects_in_one_place():
     inside = (other.mask & theirs.mask & back.mask).numpy()
     error = np.abs((back.image - theirs.image).numpy())[inside].mean()
     assert error < 0.3 * np.abs((shifted.image - theirs.image).numpy())[inside].mean()
-    with pytest.raises(ScanError, match="nobody of the training scans was scanned at the ref"):
-        travelling_pairs(site_brains(VOLUMES, AT_A), 2.0)
+    assert travelling_pairs(site_brains(VOLUMES, AT_A), 2.0) == []
 
 
 def test_slices_of_pairs_show_one_place():
@@ -235,7 +234,8 @@ def test_methods(kind, monkeypatch, tmp_path):
 
 
 def test_what_cannot_be_learned_from():
-    with pytest.raises(ScanError, match="travelling subjects"):
+    told = "T1w: unet learns from travelling subjects, and nobody of the training scans"
+    with pytest.raises(ScanError, match=told):
         PairedUNet.fit(VOLUMES, seed=0, training=wanted(VOLUMES))
     one = [v for v in TRAVELLERS if v.subject == "01"]
     with pytest.raises(ScanError, match="there is only 01; give scans of two travelling"):
