@@ -23,7 +23,6 @@ from bids_harmony.methods.hail_losses import Weights, transfer, weighted  # noqa
 from bids_harmony.methods.hail_part import MOST_CHANGE, changed  # noqa: E402
 from bids_harmony.methods.hail_training import (  # noqa: E402
     draw_pairs,
-    held_out_subjects,
     scans_of,
     set_units,
 )
@@ -33,6 +32,7 @@ from bids_harmony.methods.hail_volumes import (  # noqa: E402
     style_of,
     windows,
 )
+from bids_harmony.methods.held_out import held_out_subjects  # noqa: E402
 from bids_harmony.methods.learnable import learnable  # noqa: E402
 from bids_harmony.methods.likeness import Range, rank_cells  # noqa: E402
 from bids_harmony.networks.hail import (  # noqa: E402

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Training
+from bids_harmony.methods.held_out import some_held_out
 from bids_harmony.methods.learnable import Known
 from bids_harmony.methods.slice_translation import (
     Preset,
     SliceTranslation,
     TranslationPart,
-    apart_of,
     canvas_of,
     likeness_of,
     split_brains,
@@ -59,7 +59,7 @@ class CycleGan(SliceTranslation[SliceTranslator]):
                 f"scans are of {', '.join(others) or 'no other site'}; choose participants of "
                 "two sites with --participant-label"
             )
-        apart_of(people)
+        some_held_out(person.whose for person in people)
 
     @classmethod
     def _fit_part(

@@ -16,10 +16,10 @@ from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.deepnormalize_part import Part, fit_part, normalized_brain
 from bids_harmony.methods.deepnormalize_training import (
     Preset,
-    apart_of,
     stacked,
     standardized,
 )
+from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
 from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.fit import Plan
@@ -103,7 +103,12 @@ class DeepNormalize(ByModality[Part]):
         strength = training.options.get("lambda", cls.train_options.get("lambda", 0.0))
         return cls._learned(
             volumes,
-            learnable(cls.name, volumes, training.wanted, apart_of),
+            learnable(
+                cls.name,
+                volumes,
+                training.wanted,
+                lambda people: held_out_subjects([k.whose for k in people]),
+            ),
             training,
             lambda chosen, share: fit_part(
                 [{v.modality: cls._seen(v)} for v in chosen],

@@ -12,8 +12,7 @@ from torch import Tensor
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
-from bids_harmony.methods.held_out import held_out
-from bids_harmony.methods.learnable import Known
+from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.networks.deepnormalize import NormalizerNetworks
 from bids_harmony.training.fit import Adversary, Plan, Trained, train_network
 from bids_harmony.training.normalizer_losses import (
@@ -134,32 +133,9 @@ def box_of(mask: Tensor) -> tuple[slice, slice, slice]:
     return ends[0], ends[1], ends[2]
 
 
-def apart_of(people: Sequence[Known | LabelledBrain]) -> set[str]:
-    """Subjects to hold out.
-
-    Raises
-    ------
-    ScanError
-        If there are fewer than two sites, or nobody can be held out.
-    """
-    sites = sorted({person.site for person in people})
-    if len(sites) < 2:
-        raise ScanError(
-            f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
-            "scans of another site, or use a method that is trained on one"
-        )
-    apart = held_out((person.site, person.subject) for person in people)
-    if not apart:
-        raise ScanError(
-            "two subjects or more are needed at one of the sites, since one is held out; give "
-            "scans of more subjects"
-        )
-    return apart
-
-
 def split(brains: Sequence[LabelledBrain]) -> tuple[list[LabelledBrain], list[LabelledBrain]]:
-    """Brains to learn from, and those of held-out subjects; ScanError as `apart_of`."""
-    apart = apart_of(brains)
+    """Brains to learn from, and those of held-out subjects; ScanError as `held_out_subjects`."""
+    apart = held_out_subjects([(brain.site, brain.subject) for brain in brains])
     learn = [brain for brain in brains if brain.subject not in apart]
     return learn, [brain for brain in brains if brain.subject in apart]
 

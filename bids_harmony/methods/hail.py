@@ -29,8 +29,9 @@ from bids_harmony.methods.hail_part import (
     fit_part,
     intensities,
 )
-from bids_harmony.methods.hail_training import Preset, held_out_subjects
+from bids_harmony.methods.hail_training import Preset
 from bids_harmony.methods.hail_volumes import Brain, brain_of, redrawing_error, style_of
+from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
 from bids_harmony.training.fit import Plan
 
@@ -127,7 +128,7 @@ class Hail(ByModality[Part]):
                 cls.name,
                 volumes,
                 frozenset(),
-                lambda people: held_out_subjects([(k.site, k.subject) for k in people]),
+                lambda people: held_out_subjects([k.whose for k in people]),
             ),
             training,
             lambda chosen, share: fit_part(chosen, preset, seed, share),

@@ -18,11 +18,11 @@ from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.hail_training import (
     Preset,
     Scan,
-    held_out_subjects,
     scans_of,
     train_phases,
 )
 from bids_harmony.methods.hail_volumes import Brain, draw_brain, redrawing_error
+from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.likeness import Likeness, Range, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.methods.training_files import (

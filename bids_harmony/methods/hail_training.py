@@ -21,7 +21,6 @@ from bids_harmony.methods.hail_losses import (
     weighted,
 )
 from bids_harmony.methods.hail_volumes import Brain, brain_of, style_of
-from bids_harmony.methods.held_out import held_out
 from bids_harmony.networks.hail import HailNetwork
 from bids_harmony.training.fit import Plan, Trained, train_network, weights_key
 from bids_harmony.training.patches import cut_cubes, pick
@@ -93,32 +92,6 @@ def scans_of(volumes: Sequence[Volume]) -> list[Scan]:
     if len({tuple(scan.brain[0].shape) for scan in scans}) != 1:
         raise ScanError("the training scans are on grids of different shapes; give all on one")
     return scans
-
-
-def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
-    """Subjects to hold out, from the (site, subject) of every scan.
-
-    Of each site one subject in five, the last in alphabetical order; at least one overall. A
-    subject scanned at several sites is held out at all of them, and no site is emptied.
-
-    Raises
-    ------
-    ScanError
-        If there are fewer than two sites, or nobody can be held out.
-    """
-    sites = sorted({site for site, _ in people})
-    if len(sites) < 2:
-        raise ScanError(
-            f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
-            "scans of another site, or use a method that is trained on one"
-        )
-    apart = held_out(people)
-    if not apart:
-        raise ScanError(
-            "two subjects or more are needed at one of the sites, since one is held out; give "
-            "scans of more subjects"
-        )
-    return apart
 
 
 def draw_cubes(scans: Sequence[Scan], count: int, side: int, generator: torch.Generator) -> Cubes:

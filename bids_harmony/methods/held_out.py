@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from bids_harmony.errors import ScanError
 
 _SHARE = 0.2
 
@@ -34,3 +36,40 @@ def held_out(people: Iterable[tuple[str, str]]) -> set[str]:
     if not apart:
         hold_out(max(sorted(at), key=lambda s: len(at[s])), 1)
     return apart
+
+
+def some_held_out(people: Iterable[tuple[str, str]]) -> set[str]:
+    """As `held_out`, which must find somebody.
+
+    Raises
+    ------
+    ScanError
+        If nobody can be held out.
+    """
+    apart = held_out(people)
+    if not apart:
+        raise ScanError(
+            "two subjects or more are needed at one of the sites, since one is held out; give "
+            "scans of more subjects"
+        )
+    return apart
+
+
+def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
+    """Subjects to hold out, from the (site, subject) of every scan.
+
+    Of each site one subject in five, the last in alphabetical order; at least one overall. A
+    subject scanned at several sites is held out at all of them, and no site is emptied.
+
+    Raises
+    ------
+    ScanError
+        If there are fewer than two sites, or nobody can be held out.
+    """
+    sites = sorted({site for site, _ in people})
+    if len(sites) < 2:
+        raise ScanError(
+            f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
+            "scans of another site, or use a method that is trained on one"
+        )
+    return some_held_out(people)

@@ -19,6 +19,11 @@ class Known(NamedTuple):
     subject: str
     wanted: bool
 
+    @property
+    def whose(self) -> tuple[str, str]:
+        """Site and subject."""
+        return self.site, self.subject
+
 
 def learnable(
     method: str,

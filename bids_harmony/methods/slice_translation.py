@@ -16,7 +16,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, preset_named
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.hail_volumes import brain_of
-from bids_harmony.methods.held_out import held_out
+from bids_harmony.methods.held_out import some_held_out
 from bids_harmony.methods.learnable import Known, learnable
 from bids_harmony.methods.likeness import Likeness, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
@@ -83,26 +83,9 @@ def site_brains(volumes: Sequence[Volume], wanted: frozenset[str]) -> list[SiteB
     return brains
 
 
-def apart_of(people: Sequence[Known | SiteBrain]) -> set[str]:
-    """Subjects to hold out.
-
-    Raises
-    ------
-    ScanError
-        If nobody can be.
-    """
-    apart = held_out((person.site, person.subject) for person in people)
-    if not apart:
-        raise ScanError(
-            "two subjects or more are needed at one of the sites, since one is held out; give "
-            "scans of more subjects"
-        )
-    return apart
-
-
 def split_brains(brains: Sequence[SiteBrain]) -> tuple[list[SiteBrain], list[SiteBrain]]:
-    """Brains to learn from, and those of held-out subjects; ScanError as `apart_of`."""
-    apart = apart_of(brains)
+    """Brains to learn from, and those of held-out subjects; ScanError as `some_held_out`."""
+    apart = some_held_out((brain.site, brain.subject) for brain in brains)
     return [b for b in brains if b.subject not in apart], [b for b in brains if b.subject in apart]
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume
 from bids_harmony.methods.hail_volumes import brain_of
+from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import Known
 from bids_harmony.methods.slice_translation import (
     Preset,
     SliceTranslation,
     TranslationPart,
-    apart_of,
     canvas_of,
     likeness_of,
     split_brains,
@@ -65,13 +65,7 @@ class StyleGan(SliceTranslation[StyleNetworks]):
 
     @classmethod
     def _check_people(cls, people: Sequence[Known]) -> None:
-        sites = sorted({person.site for person in people})
-        if len(sites) < 2:
-            raise ScanError(
-                f"scans of two sites or more are needed, and all are of {', '.join(sites)}; give "
-                "scans of another site, or use a method that is trained on one"
-            )
-        apart_of(people)
+        held_out_subjects([person.whose for person in people])
 
     @classmethod
     def _fit_part(
