@@ -51,6 +51,7 @@ class SliceUNet(nn.Module):
         """
         if any(size % 2**self.levels for size in x.shape[-2:]):
             raise ValueError(f"image size must be a multiple of {2**self.levels}: pad or crop")
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions twice as fast on a CPU
         taps = []
         for level, block in enumerate(self.down):
             x = block(functional.max_pool2d(x, 2) if level else x)
@@ -62,6 +63,13 @@ class SliceUNet(nn.Module):
         return out
 
 
+class _InstanceNorm(nn.InstanceNorm2d):
+    """Instance norm that keeps channels last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
 def _block(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
     """Two convolutions, each with activation, and with instance norm before it."""
     layers: list[nn.Module] = []
@@ -70,6 +78,6 @@ def _block(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
         nn.init.kaiming_normal_(conv.weight, a=SLOPE)
         layers.append(conv)
         if norm:
-            layers.append(nn.InstanceNorm2d(b, affine=True))
+            layers.append(_InstanceNorm(b, affine=True))
         layers.append(nn.LeakyReLU(SLOPE))
     return nn.Sequential(*layers)
