@@ -166,11 +166,13 @@ def quick(work: Path, transforms: Path) -> list[str]:
 
 
 def give_transform(root: Path, raw: Path) -> None:
-    """Write, as another pipeline would, an identity transform of a T1w to the template."""
-    stem = raw.name.split(".")[0].removesuffix("_T1w")
+    """Write, as another pipeline would, an identity transform of a scan to the template."""
+    stem, _, modality = raw.name.split(".")[0].rpartition("_")
     for folder in [p for p in raw.parents if p.name.startswith(("sub-", "ses-"))][:1]:
         above = [p.name for p in (folder.parent, folder) if p.name.startswith(("sub-", "ses-"))]
-        path = root.joinpath(*above, "anat", f"{stem}_from-T1w_to-{SPACE}_mode-image_xfm.txt")
+        path = root.joinpath(
+            *above, "anat", f"{stem}_from-{modality}_to-{SPACE}_mode-image_xfm.txt"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(IDENTITY)
 

@@ -113,7 +113,7 @@ def networks(channels=1, sites=2, **kwargs):
 
 
 def drawer(brains=None, **kwargs):
-    brains = brains or [labelled_brain({v.modality: v}) for v in VOLUMES]
+    brains = brains or [labelled_brain([v]) for v in VOLUMES]
     return TissueDrawer(brains, ("a", "b"), side=16, count=6, **kwargs)
 
 
@@ -231,11 +231,11 @@ def test_networks_know_their_sizes():
 def test_scans_that_cannot_be_learned_from():
     plain = contrast_brains.scan(1)
     with pytest.raises(ScanError, match=r"sub-01_a_T1w: it has no tissue labels"):
-        labelled_brain({"T1w": plain})
+        labelled_brain([plain])
     few = replace(plain, labels=np.zeros(plain.mask.shape, np.uint8))
     with pytest.raises(ScanError, match="less than half of the brain mask has a tissue label"):
-        labelled_brain({"T1w": few})
-    brains = [labelled_brain({"T1w": v}) for v in VOLUMES]
+        labelled_brain([few])
+    brains = [labelled_brain([v]) for v in VOLUMES]
     with pytest.raises(ScanError, match="two sites or more are needed, and all are of a"):
         split(brains[:3])
     with pytest.raises(ScanError, match="two subjects or more are needed"):
@@ -424,7 +424,7 @@ def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, bra
     bundle = load_bundle(out / "models" / "deepnormalize-A")
     assert bundle.meta["training_sites"] == ["A", "B"]
     assert bundle.meta["training_scans"] == {"T1w": 4}
-    assert bundle.meta["training"]["options"] == {"lambda": 1.5}
+    assert bundle.meta["training"]["options"] == {"lambda": 1.5, "together": 0}
     assert bundle.meta["common"] == "common appearance of A, B, units of A"
     scan = ["participant", "--participant-label", "05", *options]
     ran = call(made.root, out, *scan)

@@ -115,7 +115,7 @@ def fit(
     training = training_of(context, method)
     kind = load_method(method)
     scans = scans_to_learn_from(context, method, reference, participants)
-    contract = contract_while_fitting(kind, sorted({s.suffix for s in scans}), training.preset)
+    contract = contract_while_fitting(kind, sorted({s.suffix for s in scans}), training)
     job = context.job(contract.grid)
     name = name or bundle_name(method, reference)
     wanted = Fit(method, name, reference, context.grid_file(contract), training)

@@ -25,7 +25,7 @@ from bids_harmony.cli.outputs import (
     write_root,
 )
 from bids_harmony.cli.progress import Progress, run_line
-from bids_harmony.config import DEFAULT_METHOD, Config
+from bids_harmony.config import DEFAULT_METHOD, PROGRESS, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
 from bids_harmony.interfaces.tissues import tissue_label
 from bids_harmony.methods.base import NATIVE_GRID
@@ -40,7 +40,8 @@ from bids_harmony.workflows.adapt import (
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.models import named_bundle
 from bids_harmony.workflows.participant import harmonize_scans, split_done
-from bids_harmony.workflows.settings import Job, Target
+from bids_harmony.workflows.settings import Job, Other, Target
+from bids_harmony.workflows.together import find_others, store_others
 
 LOG = logging.getLogger("bids_harmony")
 
@@ -155,10 +156,11 @@ def _harmonize(
     outcomes = [_refused(p) for p in problems]
     todo = list(scans)
     if target is not None:
-        target, lost = _adapt(context, scans, target, job)
-        outcomes += lost
-        stems = {outcome.stem for outcome in lost}
-        todo = [scan for scan in scans if scan.stem not in stems]
+        for prepare in (_adapt, _together):
+            target, lost = prepare(context, todo, target, job)
+            outcomes += lost
+            stems = {outcome.stem for outcome in lost}
+            todo = [scan for scan in todo if scan.stem not in stems]
     progress = Progress(len(outcomes) + len(todo))
     try:
         for outcome in outcomes:
@@ -196,6 +198,34 @@ def _adapt(
     return replace(target, adaptations=made), lost
 
 
+def _together(
+    context: Context, scans: Sequence[Scan], target: Target, job: Job
+) -> tuple[Target, list[Outcome]]:
+    """The target with the scans that each is harmonized together with; scans that lack them."""
+    others, lost = _others(context, scans, target, job)
+    if not others:
+        return target, lost
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.status == "preprocessed":
+            LOG.log(PROGRESS, "%s: preprocessed, for its session", outcome.stem)
+
+    rest = [scan for scan in scans if scan.stem in others]
+    made, failed = store_others(rest, others, target, job, tell)
+    return replace(target, others=made), lost + failed
+
+
+def _others(
+    context: Context, scans: Sequence[Scan], target: Target, job: Job
+) -> tuple[dict[str, dict[str, Other]], list[Outcome]]:
+    """What each scan is harmonized together with, and scans that lack it; nothing is made yet."""
+    if not target.contract.together or not scans:
+        return {}, []
+    people = sorted({scan.subject for scan in scans})
+    pool, _ = context.find(target.contract.modalities, people, plain=True)
+    return find_others(scans, pool, target, job)
+
+
 def _adapting(context: Context, target: Target, job: Job) -> Adapting:
     def find(participants: Sequence[str] | None, modality: str) -> list[Scan]:
         return context.find([modality], participants, plain=True)[0]
@@ -211,6 +241,7 @@ def _plan(
     job: Job,
 ) -> ExitCode:
     """Say what would be done."""
+    lost: list[Outcome] = []
     if target is not None:
         adapting = _adapting(context, target, job)
         keys = sites_to_adapt_to(scans, target)
@@ -218,11 +249,14 @@ def _plan(
         for site, modality in [key for key in keys if key not in stored]:
             print(f"would first adapt {target.name} to site {site} ({modality}), "
                   f"on at most {adapting.count} of its scans")  # fmt: skip
-        target = replace(target, adaptations=stored)
+        others, lost = _others(context, scans, target, job)
+        target = replace(target, adaptations=stored, others=others)
+    stems = {outcome.stem for outcome in lost}
+    scans = [scan for scan in scans if scan.stem not in stems]
     given, todo, done = split_done(scans, target, job)
     if target is None and context.config.level == "full":  # its model is still to be fitted
         todo, done = list(scans), []
-    outcomes = [_refused(p) for p in problems]
+    outcomes = [*(_refused(p) for p in problems), *lost]
     outcomes += [Outcome(s.stem, s.subject, "skipped", "done by an earlier run") for s in done]
     for scan in todo:
         mask = given[scan.stem].sources.get("mask", "to be found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class _HarmonizeInput(_ModelInput):
     modality = traits.Str(mandatory=True)
     site = traits.Str(UNKNOWN_SITE, usedefault=True)
     name = traits.Str("scan", usedefault=True, desc="for messages")
+    others = traits.Dict({}, usedefault=True, desc="stored volumes of its session, by modality")
+    others_key = traits.Dict({}, usedefault=True, desc="so that changed ones are noticed")
     adapt = traits.Enum("none", "site", "scan", usedefault=True, desc="what is adapted to")
     adapt_why = traits.Str("", usedefault=True, desc="why, in words")
     adaptation = traits.Str("", usedefault=True, desc="folder of the site's adaptation")
@@ -77,6 +80,7 @@ class Harmonize(TimedInterface):
             axes=nb.orientations.aff2axcodes(affine),
             site=self.inputs.site,
             name=self.inputs.name,
+            others=_others(self.inputs.others),
         )
         method, adaptation, warnings = self._adapted(method, volume)
         done = method.harmonize(volume, seed=self.inputs.random_seed)
@@ -124,6 +128,17 @@ class Harmonize(TimedInterface):
             words["site"] = stored.facts["site"]
             words["scans"] = [scan["file"] for scan in stored.facts["scans"]]
         return method.adapted(found), {**found.details, **words}, warnings
+
+
+def _others(stems: Mapping[str, str]) -> dict[str, Any]:
+    """Stored volumes by modality."""
+    if not stems:
+        return {}
+    from bids_harmony.interfaces.volumes import StoredVolumes
+
+    modalities = sorted(stems)
+    volumes = StoredVolumes([Path(stems[m]) for m in modalities])
+    return dict(zip(modalities, volumes, strict=True))
 
 
 class _AdaptInput(_ModelInput):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -58,6 +59,43 @@ class StoredVolumes(Sequence[Volume]):
             session=facts["session"],
             labels=None if labels is None else labels.astype(np.uint8),
         )
+
+
+class VolumesInSessions(Sequence[Volume]):
+    """Some volumes, each with the others of its session: the first of each other modality.
+
+    Parameters
+    ----------
+    some, every
+        What is given, and where the others are looked for.
+    """
+
+    def __init__(self, some: StoredVolumes, every: StoredVolumes) -> None:
+        first: dict[tuple[str, ...], dict[str, int]] = {}
+        for index, facts in enumerate(every.facts):
+            first.setdefault(_session(facts), {}).setdefault(facts["modality"], index)
+        self._some, self._every = some, every
+        self._others = [
+            {m: i for m, i in first.get(_session(f), {}).items() if m != f["modality"]}
+            for f in some.facts
+        ]
+
+    def __len__(self) -> int:
+        return len(self._some)
+
+    @overload
+    def __getitem__(self, index: int) -> Volume: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
+    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        others = {m: self._every[place] for m, place in self._others[index].items()}
+        return replace(self._some[index], others=others)
+
+
+def _session(facts: Mapping[str, str]) -> tuple[str, ...]:
+    return facts["site"], facts["subject"] or facts["name"], facts["session"]
 
 
 class _StoreInput(BaseInterfaceInputSpec):

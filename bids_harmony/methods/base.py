@@ -43,6 +43,10 @@ class Contract:
         True: voxels outside the brain mask are zero when the method sees them.
     labels
         True: scans to learn from have tissue labels; those without are left out.
+    together
+        True: a scan is harmonized together with those of the other modalities of its session
+        (`Volume.others`), and one that lacks them is refused. While fitting, one scan of a
+        session with labels is enough. Not for methods that adapt.
     """
 
     modalities: tuple[str, ...]
@@ -51,6 +55,7 @@ class Contract:
     scale: str = "robust"
     masked: bool = True
     labels: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ class Volume:
     labels
         Tissue of each voxel, shape (X, Y, Z): 0 background, 1 CSF, 2 grey matter, 3 white matter;
         None unless the contract asks for them.
+    others
+        By modality, scans of the same session in the contract's other modalities, on the same
+        grid; empty unless the contract asks for them, and while fitting.
     """
 
     data: FloatArray
@@ -94,6 +102,7 @@ class Volume:
     axes: tuple[str, str, str] = ("R", "A", "S")
     session: str = ""
     labels: NDArray[np.uint8] | None = None
+    others: Mapping[str, Volume] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -289,6 +298,11 @@ class NeuralMethod(Method):
     def contract_for_preset(cls, modalities: Sequence[str], preset: str) -> Contract:
         """The contract that holds while fitting with a preset; a preset may have its own grid."""
         return cls.contract_for(modalities)
+
+    @classmethod
+    def contract_to_fit(cls, modalities: Sequence[str], training: Training) -> Contract:
+        """The contract that holds in a training; its options may matter as well as its preset."""
+        return cls.contract_for_preset(modalities, training.preset)
 
     @classmethod
     @abstractmethod

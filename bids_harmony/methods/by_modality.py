@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
 from bids_harmony.methods.base import Chosen, NeuralMethod, Training, Volume
+from bids_harmony.methods.tone import arrays_below
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -139,7 +140,5 @@ class ByModality(NeuralMethod, Generic[P]):
         """Rebuild from `arrays` and `params`; ScanError if they do not fit together."""
         parts = {}
         for modality, content in params["parts"].items():
-            prefix = f"{modality}/"
-            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            parts[modality] = cls._part_from(own, content)
+            parts[modality] = cls._part_from(arrays_below(arrays, modality), content)
         return cls(parts, str(params["preset"]))

@@ -13,6 +13,7 @@ from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.held_out import held_out
 from bids_harmony.methods.likelihood import usable_slices
+from bids_harmony.methods.sessions import by_session
 from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.training.contrasts import Session
 
@@ -76,17 +77,12 @@ def paired_sessions(
     ScanError
         If a scan cannot be used, or no session is paired.
     """
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for index in range(len(volumes)):
-        volume = volumes[index]
-        key = (volume.site, volume.subject or volume.name, volume.session)
-        groups.setdefault(key, []).append(index)
     found: list[Session] = []
     left_out: list[str] = []
-    for (site, subject, label), indices in sorted(groups.items()):
-        scans = [volumes[i] for i in indices]
+    for (site, subject, label), by_modality in by_session(volumes).items():
+        scans = [volumes[i] for indices in by_modality.values() for i in indices]
         words = f"{', '.join(v.name or 'scan' for v in scans)} (site {site})"
-        if len({v.modality for v in scans}) < 2:
+        if len(by_modality) < 2:
             left_out.append(f"{words}: no scan of another modality in the session")
             continue
         session = _session(scans, resolution, words)

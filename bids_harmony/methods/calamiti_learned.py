@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bids_harmony.methods.calamiti_admission import Known
 from bids_harmony.methods.calamiti_files import ThetaRow
-from bids_harmony.methods.tone import load_arrays, state_arrays
+from bids_harmony.methods.tone import arrays_below, load_arrays, state_arrays
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.contrasts import Session
 from bids_harmony.training.fit import Plan, Trained
@@ -105,9 +105,7 @@ class Learned:
             load_arrays(fusion, arrays, "fusion")
         known = {}
         for modality in params["modalities"]:
-            prefix = f"{modality}/"
-            own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            known[str(modality)] = Known.from_arrays(own)
+            known[str(modality)] = Known.from_arrays(arrays_below(arrays, modality))
         side, scores = int(params["side"]), params["scores"]
         return cls(networks.requires_grad_(False), fusion, side, known, (), {}, scores)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,16 +17,20 @@ from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.deepnormalize_part import Part, fit_part, normalized_brain
 from bids_harmony.methods.deepnormalize_training import (
     Preset,
+    labelled_brain,
     stacked,
     standardized,
 )
 from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
+from bids_harmony.methods.sessions import by_session, session_of, whole_sessions
 from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.fit import Plan
+from bids_harmony.training.tissue_cubes import LabelledBrain
 
 LOG = logging.getLogger("bids_harmony")
 _GRID = "MNI152NLin2009aSym"
+_IN_COMMON = 0.9  # of a brain that must be brain in its session's other scans, or is warned of
 _TOO_BRIGHT = 0.01  # of the brain above what the generator can draw: worth a warning
 
 _CPU = Preset(
@@ -50,7 +55,8 @@ class DeepNormalize(ByModality[Part]):
 
     Trained on labelled scans of two sites or more; all are led to one appearance that they have
     in common, and the segmentation comes with it. Lambda (option ``lambda``) weighs the
-    discriminator.
+    discriminator. With the option ``together`` all modalities of a session are normalized and
+    segmented at once.
 
     Departures from the paper: see `normalizer_losses.deception`,
     `NormalizerNetworks.normalize` and `train_normalizer`; bias fields lie along any axis.
@@ -59,7 +65,7 @@ class DeepNormalize(ByModality[Part]):
     name: ClassVar[str] = "deepnormalize"
     common: ClassVar[bool] = True
     segments: ClassVar[bool] = True
-    train_options: ClassVar[Mapping[str, float]] = {"lambda": 1.5}
+    train_options: ClassVar[Mapping[str, float]] = {"lambda": 1.5, "together": 0.0}
     participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0}
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
     #: Whether brains are standardized and no generator is trained.
@@ -80,16 +86,25 @@ class DeepNormalize(ByModality[Part]):
         resolution = preset_named(cls.name, cls.presets_by_name, preset).resolution
         return Contract(tuple(modalities), _GRID, resolution, labels=True)
 
+    @classmethod
+    def contract_to_fit(cls, modalities: Sequence[str], training: Training) -> Contract:
+        """That of the preset; with the option ``together`` for whole sessions."""
+        contract = cls.contract_for_preset(modalities, training.preset)
+        return replace(contract, together=bool(training.options.get("together")))
+
     @property
     def contract(self) -> Contract:
         """For the modalities of the training."""
-        return self.contract_for_preset(tuple(self._parts), self._preset)
+        parts = list(self._parts.values())
+        modalities = tuple(m for part in parts for m in part.modalities)
+        contract = self.contract_for_preset(modalities, self._preset)
+        return replace(contract, together=any(len(p.modalities) > 1 for p in parts))
 
     @classmethod
     def fit(
         cls, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
     ) -> Self:
-        """Train on labelled scans of all sites, each modality by itself.
+        """Train on labelled scans of all sites, each modality by itself or all together.
 
         Raises
         ------
@@ -101,24 +116,37 @@ class DeepNormalize(ByModality[Part]):
         training = training or Training()
         preset = preset_named(cls.name, cls.presets_by_name, training.preset)
         strength = training.options.get("lambda", cls.train_options.get("lambda", 0.0))
-        return cls._learned(
+        together = bool(training.options.get("together"))
+
+        def learn(chosen: Sequence[Volume], share: Training) -> tuple[Part, dict[str, bytes]]:
+            modalities, brains = cls._brains(chosen, together)
+            return fit_part(
+                brains, modalities, preset, strength, seed, share, generator=not cls.standardizes
+            )
+
+        if together:
+            return cls._learned(volumes, whole_sessions(cls.name, volumes), training, learn)
+        groups = learnable(
+            cls.name,
             volumes,
-            learnable(
-                cls.name,
-                volumes,
-                training.wanted,
-                lambda people: held_out_subjects([k.whose for k in people]),
-            ),
-            training,
-            lambda chosen, share: fit_part(
-                [{v.modality: cls._seen(v)} for v in chosen],
-                preset,
-                strength,
-                seed,
-                share,
-                generator=not cls.standardizes,
-            ),
+            training.wanted,
+            lambda people: held_out_subjects([k.whose for k in people]),
         )
+        return cls._learned(volumes, groups, training, learn)
+
+    @classmethod
+    def _brains(
+        cls, volumes: Sequence[Volume], together: bool
+    ) -> tuple[tuple[str, ...], list[LabelledBrain]]:
+        """Modalities, and training brains: one for each session, or each volume."""
+        if together:
+            sessions = list(by_session(volumes).values())
+            rows = [[index for (index,) in scans.values()] for scans in sessions]
+            modalities = tuple(sessions[0])
+        else:
+            rows = [[index] for index in range(len(volumes))]
+            modalities = (volumes[0].modality,)
+        return modalities, [labelled_brain([cls._seen(volumes[i]) for i in row]) for row in rows]
 
     @classmethod
     def _seen(cls, volume: Volume) -> Volume:
@@ -140,29 +168,49 @@ class DeepNormalize(ByModality[Part]):
         """
         torch.set_num_threads(self._threads)
         part, name = self._part(volume), volume.name or "scan"
-        images, mask = stacked([self._seen(volume)])
-        unlikeness, warnings = part.likeness.admit(
-            images[0], mask, volume.spacing, name=name, modality=volume.modality
-        )
+        volumes = session_of(volume, part.modalities, self.name)
+        own = part.modalities.index(volume.modality)
+        images, mask = stacked([self._seen(v) for v in volumes])
+        found = [
+            known.admit(image, mask, v.spacing, name=v.name or name, modality=v.modality)
+            for known, image, v in zip(part.likeness, images, volumes, strict=True)
+        ]
+        warnings = [text for _, texts in found for text in texts]
+        others = [v.name for v in volumes if v is not volume]
         stride = min(max(self._stride, 1), part.networks.side)
         normalized, tissues = normalized_brain(part.networks, images, mask, stride)
         inside = mask.numpy()
-        data, before = normalized[0], volume.data
-        bright = float((images[0].numpy()[inside] > BRIGHTEST).mean())
+        brain = np.asarray(volume.mask, dtype=bool)
+        # what is brain in this scan alone stays as it is
+        before = np.where(brain, volume.data, 0).astype(np.float32)
+        data = np.where(inside, normalized[own], before)
+        bright = float((images[own].numpy()[inside] > BRIGHTEST).mean())
         if bright > _TOO_BRIGHT:
             warnings.append(
                 f"{bright:.0%} of the brain is brighter than what the generator can draw "
                 f"({BRIGHTEST:g} of the scale) and was darkened to that."
             )
+        common = float(inside.sum() / brain.sum())
+        if common < _IN_COMMON:
+            warnings.append(
+                f"Only {common:.0%} of the brain lies in the brain masks of the session's other "
+                "scans too; the rest was left as it is."
+            )
         warnings += part.odd_shares(tissues, inside)
         shares = tissues[:, inside].mean(axis=1)
         details = {
             "stride_voxels": stride,
-            "unlikeness": round(unlikeness, 4),
+            "unlikeness": round(found[own][0], 4),
+            **({"together_with": others} if others else {}),
             "mean_absolute_change": round(float(np.abs(data - before)[inside].mean()), 4),
             "tissue_shares": {k: round(float(v), 4) for k, v in zip(TISSUES, shares, strict=True)},
         }
         return Harmonized(data, details, tuple(warnings), tissues)
+
+    def _part(self, volume: Volume) -> Part:
+        """That of the volume's modality, alone or among others."""
+        holds = [p for p in self._parts.values() if volume.modality in p.modalities]
+        return holds[0] if holds else super()._part(volume)
 
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
@@ -176,12 +224,12 @@ class PreProcessor(DeepNormalize):
     """
 
     name: ClassVar[str] = "preprocessor"
-    train_options: ClassVar[Mapping[str, float]] = {}
+    train_options: ClassVar[Mapping[str, float]] = {"together": 0.0}
 
 
 class Standardization(DeepNormalize):
     """Every brain to one mean and deviation, and the same segmenter: the paper's baseline."""
 
     name: ClassVar[str] = "standardization"
-    train_options: ClassVar[Mapping[str, float]] = {}
+    train_options: ClassVar[Mapping[str, float]] = {"together": 0.0}
     standardizes: ClassVar[bool] = True

@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.imaging.tissues import TISSUES, dice
-from bids_harmony.methods.base import Training, Volume
+from bids_harmony.methods.base import Training
 from bids_harmony.methods.deepnormalize_training import (
     Preset,
     box_of,
-    labelled_brain,
     split,
     train_normalizer,
 )
 from bids_harmony.methods.likeness import Likeness, rank_cells
-from bids_harmony.methods.tone import load_arrays, state_arrays
+from bids_harmony.methods.tone import arrays_below, load_arrays, state_arrays
 from bids_harmony.methods.training_files import (
     brains_png,
     curves_csv,
@@ -50,7 +49,7 @@ class Part:
     modalities
         In the order of the networks' channels.
     likeness
-        Where bright and dark tissue lie in training brains of the first modality.
+        Where bright and dark tissue lie in training brains, for each modality.
     shares
         Mean and deviation of each tissue's share of a training brain, (3, 2).
     scores
@@ -59,7 +58,7 @@ class Part:
 
     networks: NormalizerNetworks
     modalities: tuple[str, ...]
-    likeness: Likeness
+    likeness: tuple[Likeness, ...]
     shares: NDArray[np.float64]
     scores: Mapping[str, Any]
 
@@ -82,8 +81,13 @@ class Part:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Weights, likeness and shares."""
+        alike = {
+            f"{m}/{key}": value
+            for m, known in zip(self.modalities, self.likeness, strict=True)
+            for key, value in known.arrays().items()
+        }
         return {
-            **self.likeness.arrays(),
+            **alike,
             **state_arrays(self.networks, "networks"),
             "shares": self.shares,
         }
@@ -103,10 +107,11 @@ class Part:
         load_arrays(networks, arrays, "networks")
         networks.requires_grad_(False)
         torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        modalities = tuple(str(m) for m in params["modalities"])
         return cls(
             networks,
-            tuple(params["modalities"]),
-            Likeness.from_arrays(arrays),
+            modalities,
+            tuple(Likeness.from_arrays(arrays_below(arrays, m)) for m in modalities),
             np.array(arrays["shares"], dtype=np.float64),
             params["scores"],
         )
@@ -162,7 +167,8 @@ def normalized_brain(
 
 
 def fit_part(
-    sessions: Sequence[Mapping[str, Volume]],
+    brains: Sequence[LabelledBrain],
+    modalities: tuple[str, ...],
     preset: Preset,
     strength: float,
     seed: int,
@@ -170,7 +176,7 @@ def fit_part(
     *,
     generator: bool = True,
 ) -> tuple[Part, dict[str, bytes]]:
-    """Train everything for some modalities that every session has.
+    """Train everything for some modalities, the channels of every brain.
 
     Returns
     -------
@@ -180,16 +186,20 @@ def fit_part(
     Raises
     ------
     ScanError
-        If a brain is unusable or has no labels, or too few sites or subjects are left.
+        If too few sites or subjects are left.
     """
-    brains = [labelled_brain(session) for session in sessions]
     learn, apart = split(brains)
     networks, run = train_normalizer(
         learn, apart, preset, strength, seed, training, generator=generator
     )
     spacing = (preset.resolution,) * 3
-    cells = {b.name: rank_cells(b.images[0], b.mask, spacing)[0] for b in brains}
-    alike = Likeness.of(*([cells[b.name] for b in group] for group in (learn, apart)))
+    alike = tuple(
+        Likeness.of(
+            *([rank_cells(b.images[k], b.mask, spacing)[0] for b in group]
+              for group in (learn, apart))
+        )
+        for k in range(len(modalities))
+    )  # fmt: skip
     shares = np.array(
         [[float((b.labels[b.mask] == k).float().mean()) for k in TISSUES.values()] for b in learn]
     )
@@ -197,7 +207,6 @@ def fit_part(
         b.name: normalized_brain(networks, b.images, b.mask, preset.side // 2) for b in apart
     }
     networks.cpu()
-    modalities = tuple(sorted(sessions[0]))
     scores = {**site_facts(learn, apart), **run_facts(run), **_held_out_scores(apart, results)}
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)

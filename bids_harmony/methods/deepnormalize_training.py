@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,21 +59,23 @@ class Preset:
     judge_rate: float = 1e-4
 
 
-def labelled_brain(session: Mapping[str, Volume]) -> LabelledBrain:
-    """Training brain from the volumes of one session, by modality; labels are the first's.
+def labelled_brain(volumes: Sequence[Volume]) -> LabelledBrain:
+    """Training brain from the volumes of one session, one of each modality, in this order.
+
+    The labels are those of the first volume that has any.
 
     Raises
     ------
     ScanError
         If a brain is unusable, has no labels or few, or the masks have less than half in common.
     """
-    volumes = [session[m] for m in sorted(session)]
     first = volumes[0]
     name = first.name or "scan"
-    if first.labels is None:
+    known = next((v.labels for v in volumes if v.labels is not None), None)
+    if known is None:
         raise ScanError(f"{name}: it has no tissue labels; name derivatives with labels (-d)")
     images, mask = stacked(volumes)
-    labels = torch.from_numpy(np.where(mask.numpy(), first.labels, 0).astype(np.uint8))
+    labels = torch.from_numpy(np.where(mask.numpy(), known, 0).astype(np.uint8))
     if float((labels[mask] > 0).float().mean()) < _LEAST_LABELLED:
         raise ScanError(
             f"{name}: less than half of the brain mask has a tissue label; are the labels those "

@@ -176,6 +176,12 @@ def state_arrays(network: torch.nn.Module, name: str) -> dict[str, NDArray[Any]]
     return {f"{name}/{k}": v.detach().cpu().numpy() for k, v in network.state_dict().items()}
 
 
+def arrays_below(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
+    """Arrays with the keys ``<name>/...``, without that."""
+    prefix = f"{name}/"
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
 def load_arrays(network: torch.nn.Module, arrays: Mapping[str, NDArray[Any]], name: str) -> None:
     """Inverse of `state_arrays`; leaves the network in eval mode.
 
@@ -184,12 +190,8 @@ def load_arrays(network: torch.nn.Module, arrays: Mapping[str, NDArray[Any]], na
     ScanError
         If the arrays are not those of this network.
     """
-    prefix = f"{name}/"
-    state = {
-        key.removeprefix(prefix): torch.from_numpy(np.array(value))
-        for key, value in arrays.items()
-        if key.startswith(prefix)
-    }
+    own = arrays_below(arrays, name)
+    state = {key: torch.from_numpy(np.array(value)) for key, value in own.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

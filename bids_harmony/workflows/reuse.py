@@ -58,7 +58,7 @@ def _own(path: Path, scan: Scan, prep: Preprocessing) -> dict[str, Any] | None:
     if words is None or not path.is_file():
         return None
     made = words.get("Preprocessing", {})
-    wanted = {**prep.fingerprint, "InputSHA256": _checksum(scan)}
+    wanted = {**prep.fingerprint, "InputSHA256": checksum_of(scan)}
     return words if made == wanted else None
 
 
@@ -68,7 +68,7 @@ def is_preprocessed(scan: Scan, prep: Preprocessing, out_dir: Path) -> bool:
     return _own(mask, scan, prep) is not None
 
 
-def _checksum(scan: Scan) -> str:
+def checksum_of(scan: Scan) -> str:
     """Checksum of the raw file; empty when it cannot be read (its first node says why)."""
     try:
         return sha256(scan.path)
@@ -101,7 +101,7 @@ def is_done(
         record = (_read(sidecar_path(image)) or {}).get("Harmonization", {})
         if not image.is_file() or any(record.get(k) != v for k, v in wanted.items()):
             return False
-        if record.get("InputSHA256") != _checksum(scan):
+        if record.get("InputSHA256") != checksum_of(scan):
             return False
     return True
 

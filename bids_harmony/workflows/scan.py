@@ -68,12 +68,15 @@ def init_harmonize_wf(
         name="outputnode",
     )  # fmt: skip
     adapt = target.adapt_to(scan.site, scan.suffix)
+    others = target.others.get(scan.stem, {})
     harmonize = Node(
         Harmonize(
             **model_inputs(target, prep),
             modality=scan.suffix,
             site=scan.site,
             name=scan.stem,
+            others={m: str(other.stem) for m, other in others.items()},
+            others_key={m: other.made_of for m, other in others.items()},
             adapt=adapt.scope,
             adapt_why=adapt.why,
             adaptation=adapt.folder,

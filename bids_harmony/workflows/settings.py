@@ -109,6 +109,25 @@ class AdaptTo:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A scan of another modality of the same session, with which a scan is harmonized.
+
+    Attributes
+    ----------
+    scan
+        The raw scan.
+    made_of
+        What decides its voxels on the model's grid, in words.
+    stem
+        Path without extension of its stored volume; None before it was made.
+    """
+
+    scan: Scan
+    made_of: str
+    stem: Path | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """The fitted method and the reference domain it leads to.
 
@@ -146,6 +165,8 @@ class Target:
         Values of the method's own options for harmonizing a scan.
     segments
         Whether the method gives tissues too.
+    others
+        By stem of a scan, and modality: with what it is harmonized, if the contract asks for it.
     """
 
     method: str
@@ -169,6 +190,7 @@ class Target:
     segmentation: SegmentationFile | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     segments: bool = False
+    others: Mapping[str, Mapping[str, Other]] = field(default_factory=dict)
 
     @property
     def device_kind(self) -> str:
@@ -261,6 +283,7 @@ def scan_settings(
 ) -> dict[str, Any]:
     """What decides a harmonized scan's voxels; it opens the sidecar's record."""
     adapt = target.adapt_to(scan.site, scan.suffix)
+    together = {m: other.made_of for m, other in target.others.get(scan.stem, {}).items()}
     theirs = given.to_template and given.sources.get("to_template") != EARLIER_RUN
     return {
         **prep.fingerprint,
@@ -272,6 +295,7 @@ def scan_settings(
         "Device": target.device_kind,
         **({"Adapt": adapt.key} if target.adapt else {}),
         **({"MethodOptions": dict(target.options)} if target.options else {}),
+        **({"Together": together} if together else {}),
         "Site": scan.site,
         "SiteSource": scan.site_source,
         "GivenMask": "" if own_mask(given, place.out_dir) else _named(given, "mask", given.mask),

@@ -27,8 +27,8 @@ from bids_harmony.errors import (
 from bids_harmony.imaging.quantiles import mid_quantiles
 from bids_harmony.imaging.scale import IntensityScale, median_scale
 from bids_harmony.interfaces.files import sha256
-from bids_harmony.interfaces.volumes import StoredVolumes
-from bids_harmony.methods.base import Contract, Method, NeuralMethod, Training
+from bids_harmony.interfaces.volumes import StoredVolumes, VolumesInSessions
+from bids_harmony.methods.base import Contract, Method, NeuralMethod, Training, Volume
 from bids_harmony.methods.bundle import save_bundle
 from bids_harmony.methods.registry import load as load_method
 from bids_harmony.workflows.cohort import Outcome
@@ -65,10 +65,12 @@ class Fit:
     training: Training = field(default_factory=Training)
 
 
-def contract_while_fitting(kind: type[Method], modalities: Sequence[str], preset: str) -> Contract:
-    """What a method wants to be given for training; `preset` matters to neural methods."""
+def contract_while_fitting(
+    kind: type[Method], modalities: Sequence[str], training: Training
+) -> Contract:
+    """What a method wants to be given for training; `training` matters to neural methods."""
     if issubclass(kind, NeuralMethod):
-        return kind.contract_for_preset(modalities, preset)
+        return kind.contract_to_fit(modalities, training)
     return kind.contract_for(modalities)
 
 
@@ -125,7 +127,7 @@ def fit_reference(
     """
     kind = load_method(fit.method)
     modalities = sorted({s.suffix for s in scans})
-    contract = contract_while_fitting(kind, modalities, fit.training.preset)
+    contract = contract_while_fitting(kind, modalities, fit.training)
     stems, outcomes = preprocessed(scans, contract, fit.grid_file, job, on_outcome)
     volumes, wanted = StoredVolumes(stems), reference_volumes(scans, stems, fit.reference)
     meta = {**reference_meta(wanted, fit, job.prep), **seen_meta(volumes), "seed": job.prep.seed}
@@ -144,7 +146,9 @@ def fit_reference(
                 model = model.towards(wanted, seed=job.prep.seed)
             if kind.common:
                 model.place_on(training.device, training.threads)
-                meta |= common_meta(model, wanted, volumes, fit, job.prep)
+                meta |= common_meta(
+                    model, VolumesInSessions(wanted, volumes), volumes, fit, job.prep
+                )
         meta["scores"] |= model.scores()
         meta["training"] = {
             "preset": training.preset,
@@ -278,7 +282,7 @@ def reference_meta(volumes: StoredVolumes, fit: Fit, prep: Preprocessing) -> dic
 
 def common_meta(
     model: Method,
-    wanted: StoredVolumes,
+    wanted: Sequence[Volume],
     volumes: StoredVolumes,
     fit: Fit,
     prep: Preprocessing,

@@ -57,9 +57,12 @@ def store_volumes(
     folder = job.place.work_dir / "volumes" / label
     folder.mkdir(parents=True, exist_ok=True)
     labels, refused = _labels(scans, job) if contract.labels else ({}, [])
+    if contract.together:  # the labels of one of a session's scans will do
+        refused = []
     for outcome in refused:
         on_outcome(outcome)
-    scans = [s for s in scans if s.stem in labels] if contract.labels else scans
+    lost = {outcome.stem for outcome in refused}
+    scans = [s for s in scans if s.stem not in lost]
     given = {s.stem: find_given(s, job.folders, job.prep, job.place.out_dir) for s in scans}
     keys = {
         s.stem: {
@@ -67,7 +70,7 @@ def store_volumes(
             "Site": s.site,
             "Session": s.session or "",
             "Given": given_files(given[s.stem], job.place.out_dir),
-            **({"Labels": _labels_key(labels[s.stem])} if contract.labels else {}),
+            **({"Labels": _labels_key(labels[s.stem])} if s.stem in labels else {}),
         }
         for s in scans
     }

@@ -1,0 +1,88 @@
+"""Scans of one session, brought together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from bids_harmony.errors import ScanError
+from bids_harmony.methods.base import Volume
+from bids_harmony.methods.held_out import held_out_subjects
+
+LOG = logging.getLogger("bids_harmony")
+
+#: Site, subject and session.
+SessionKey = tuple[str, str, str]
+
+
+def by_session(volumes: Sequence[Volume]) -> dict[SessionKey, dict[str, list[int]]]:
+    """Indices of the volumes of each session, by modality; sessions and modalities sorted.
+
+    Scans belong together that have site, subject (for unknown ones: the name) and session in
+    common.
+    """
+    found: dict[SessionKey, dict[str, list[int]]] = {}
+    for index in range(len(volumes)):
+        volume = volumes[index]
+        key = (volume.site, volume.subject or volume.name, volume.session)
+        found.setdefault(key, {}).setdefault(volume.modality, []).append(index)
+    return {key: dict(sorted(scans.items())) for key, scans in sorted(found.items())}
+
+
+def session_of(volume: Volume, modalities: Sequence[str], method: str) -> list[Volume]:
+    """A volume and the others of its session, in the order of `modalities`.
+
+    Raises
+    ------
+    ScanError
+        If one is missing.
+    """
+    there = {**volume.others, volume.modality: volume}
+    missing = [m for m in modalities if m not in there]
+    if missing:
+        raise ScanError(
+            f"{volume.name or 'scan'}: the {method} model needs {' and '.join(missing)} of the "
+            "same session too"
+        )
+    return [there[m] for m in modalities]
+
+
+def whole_sessions(method: str, volumes: Sequence[Volume]) -> dict[str, list[int]]:
+    """Indices of the volumes of sessions that have every modality, and labels.
+
+    They stand under the names of the modalities, such as ``T1w-T2w``. Other sessions are left
+    out, and a session's second scan of a modality is, with a warning in the log.
+
+    Raises
+    ------
+    ScanError
+        If there is one modality only, no such session, or too few sites or subjects have one.
+    """
+    sessions = by_session(volumes)
+    modalities = sorted({m for scans in sessions.values() for m in scans})
+    if len(modalities) < 2:
+        raise ScanError(
+            f"{method} with together=1 needs scans of two modalities or more, and all are "
+            f"{' '.join(modalities) or 'missing'}; check --modality"
+        )
+    chosen: list[int] = []
+    people = []
+    for (site, subject, label), scans in sessions.items():
+        words = f"subject {subject}, session {label or 'without name'}, site {site}"
+        first = [scans[m][0] for m in modalities if m in scans]
+        if len(first) < len(modalities):
+            LOG.warning("left out of the training: %s: not all of %s", words, modalities)
+        elif all(volumes[i].labels is None for i in first):
+            LOG.warning("left out of the training: %s: no tissue labels", words)
+        else:
+            for index in (i for indices in scans.values() for i in indices[1:]):
+                LOG.warning("left out of the training: %s: a second scan", volumes[index].name)
+            chosen += first
+            people.append((site, subject))
+    if not chosen:
+        raise ScanError(
+            f"{method} with together=1: no session has {' and '.join(modalities)} and tissue "
+            "labels; check --modality and --derivatives"
+        )
+    held_out_subjects(people)
+    return {"-".join(modalities): chosen}
