@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from bids_harmony.phantom.acquisition import voxel_size
 from bids_harmony.phantom.dataset import sites_of, write_phantom
 from bids_harmony.phantom.person import make_person
 from bids_harmony.phantom.signal import tissue_table
-from bids_harmony.phantom.sites import all_sites, get_sites
+from bids_harmony.phantom.sites import INFANTS, all_sites, get_sites
 
 OPTIONS = {"sites": ("mprage3", "spgr15"), "resolution": 4.0, "lesions": True, "seed": 7}
 
@@ -220,7 +221,24 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 
 def test_command_line_knows_all_sites():
-    assert tuple(all_sites()) == SITES
+    assert tuple(all_sites()) == (*SITES, INFANTS)
+    defaults = inspect.signature(write_phantom).parameters["sites"].default
+    assert defaults == SITES, "infants are simulated only if they are named"
+
+
+def test_infants_have_grey_and_white_matter_alike(tmp_path):
+    write_phantom(tmp_path / "bids", subjects=1, sites=("mprage3", "infant3"), resolution=3.0)
+    ratio = {}
+    for site in ("mprage3", "infant3"):
+        stem = f"sub-01_ses-{site}"
+        image = load(tmp_path / "bids", f"{stem}_desc-truth{site}_T1w").get_fdata()
+        grey, white = (
+            image[load(tmp_path / "bids", f"{stem}_label-{t}_probseg").get_fdata() > 0.99]
+            for t in ("GM", "WM")
+        )
+        ratio[site] = np.median(white) / np.median(grey)
+    assert ratio["mprage3"] > 1.3
+    assert 0.95 < ratio["infant3"] < 1.2
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

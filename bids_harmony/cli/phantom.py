@@ -10,6 +10,7 @@ from pathlib import Path
 from bids_harmony._version import __version__
 from bids_harmony.errors import ExitCode, HarmonyError, UsageError
 
+#: Of adults: what is simulated unless sites are named.
 SITES = ("mprage3", "mprage15", "spgr3", "spgr15", "thick15", "biased3")
 MODALITIES = ("T1w", "T2w", "FLAIR")
 
@@ -27,12 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bids_harmony-phantom",
         description="Write a BIDS data set of simulated travelling subjects.",
         epilog="Sites: mprage3 (reference domain), mprage15, spgr3, spgr15, thick15 (thick "
-        "slices), biased3 (strong bias field). The truth goes to derivatives/phantom.",
+        "slices), biased3 (strong bias field), infant3 (infants: grey and white matter alike). "
+        "The truth goes to derivatives/phantom.",
     )
     add = parser.add_argument
     add("bids_dir", type=Path, metavar="BIDS_DIR", help="new or empty folder")
     add("--subjects", type=int, default=6, metavar="N", help="how many subjects [6]")
-    add("--sites", nargs="+", default=list(SITES), metavar="NAME", help="sites [all six]")
+    add(
+        "--sites", nargs="+", default=list(SITES), metavar="NAME", help="sites [all but infant3]"
+    )
     add("--modality", nargs="+", default=["T1w"], choices=MODALITIES, help="[T1w]")
     add(
         "--travelling",

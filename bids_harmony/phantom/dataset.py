@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bids_harmony.phantom.acquisition import Scan, acquire
 from bids_harmony.phantom.anatomy import build_anatomy
 from bids_harmony.phantom.person import Person, make_person
 from bids_harmony.phantom.signal import TISSUES
-from bids_harmony.phantom.sites import REFERENCE, Site, all_sites, get_sites
+from bids_harmony.phantom.sites import INFANTS, REFERENCE, Site, all_sites, get_sites
 from bids_harmony.phantom.writing import image_bytes, write_json, write_new, write_tsv
 
 LOGGER = logging.getLogger("bids_harmony.phantom")
@@ -51,7 +52,7 @@ def write_phantom(
     bids_dir: Path,
     *,
     subjects: int = 6,
-    sites: Sequence[str] = tuple(all_sites()),
+    sites: Sequence[str] = tuple(name for name in all_sites() if name != INFANTS),
     modalities: Sequence[str] = ("T1w",),
     travelling: int | None = None,
     resolution: float | None = None,
@@ -71,6 +72,7 @@ def write_phantom(
         How many.
     sites
         Names from ``all_sites()``, one session each; ``mprage3`` is the reference domain.
+        All that scan adults unless named.
     modalities
         Any of ``T1w``, ``T2w``, ``FLAIR``.
     travelling
@@ -237,10 +239,12 @@ def write_subject(
         [(f"ses-{site.name}", site.name) for site in sites],
     )
     for site in sites:
+        own = {k: v * site.t1_scale.get(k, 1.0) for k, v in person.t1_scale.items()}
+        scanned = replace(person, t1_scale=own)
         for modality in modalities:
             LOGGER.info("%s: %s at %s", subject, modality, site.name)
             contrasts = {other.name: other for other in (*truths, site)}
-            scan = acquire(anatomy, person, site, modality, contrasts, resolution)
+            scan = acquire(anatomy, scanned, site, modality, contrasts, resolution)
             _write_scan(bids_dir, person, site, modality, scan)
             _write_truth(bids_dir, person, site, modality, scan)
 

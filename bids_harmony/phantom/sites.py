@@ -12,6 +12,8 @@ from bids_harmony.errors import UsageError
 from bids_harmony.phantom.signal import Tissue, mprage, spgr, tse
 
 REFERENCE = "mprage3"
+#: Site that scans infants, who are no travelling subjects.
+INFANTS = "infant3"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Site:
         How voxels are stored: ``int16``, ``uint8`` (with slope) or ``float32``.
     gain
         Stored value of the white matter, roughly; per scan it varies.
+    t1_scale
+        Factor of T1 per tissue, of whoever is scanned here.
     """
 
     name: str
@@ -123,6 +127,7 @@ class Site:
     dtype: str
     gain: float
     protocols: dict[str, Protocol] = field(default_factory=dict)
+    t1_scale: dict[str, float] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """Sidecar fields of the scanner (BIDS names and units)."""
@@ -163,7 +168,11 @@ def _spin_echo(
 
 
 def all_sites() -> dict[str, Site]:
-    """Every simulated site by name, the reference domain first."""
+    """Every simulated site by name, the reference domain first and `INFANTS` last.
+
+    Infants of half a year have white matter hardly brighter than grey (isointense; Delisle et
+    al. 2021, table 1): here T1 of both is longer, and the head is an adult's.
+    """
     sites = [
         Site("mprage3", "Aurelia", "Magna 3", 3.0, 0.10, 0.12, 0.0, "int16", 600,
              {"T1w": Protocol("mprage", 2.3, 0.003, 9, (1, 1, 1), "PIR", 45, ti=0.9,
@@ -187,6 +196,11 @@ def all_sites() -> dict[str, Site]:
              {"T1w": Protocol("mprage", 2.4, 0.0024, 8, (1, 1, 1), "ASR", 26, ti=1.1,
                               echo_spacing=0.0065, n_readouts=192, blur=(0.8, 0.8, 0.8)),
               **_spin_echo((1.0, 1.0, 3.0), 36, (4.0, 0.120), (8.5, 0.095, 2.4))}),
+        Site(INFANTS, "Gavia", "Cradle 3", 3.0, 0.10, 0.10, 2.0, "int16", 350,
+             {"T1w": Protocol("mprage", 1.9, 0.0044, 7, (1, 1, 1), "RAS", 30, ti=1.1,
+                              echo_spacing=0.0085, n_readouts=144),
+              **_spin_echo((1.0, 1.0, 2.0), 36, (7.4, 0.119), (9.0, 0.120, 2.5))},
+             t1_scale={"GM": 1.2, "WM": 1.5}),
     ]  # fmt: skip
     return {site.name: site for site in sites}
 
