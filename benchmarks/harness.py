@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from benchmarks.trials import (
     scans_of,
     timings,
 )
+from benchmarks.view import View
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import write_json
@@ -88,10 +89,6 @@ class Cohort:
     cases: tuple[Case, ...]
 
 
-#: Image of a scan on the raw grid, on the common intensity scale (brain about 0..1).
-View = Callable[[Scan], FloatArray]
-
-
 class Table(ABC):
     """One benchmark table."""
 
@@ -112,6 +109,10 @@ class Table(ABC):
     goals: ClassVar[tuple[Goal, ...]] = ()
     #: Table whose models are tried; None trains its own.
     models_of: ClassVar[str | None] = None
+
+    def arguments(self, cohort: Cohort) -> tuple[str, ...]:
+        """Options of both levels for a cohort."""
+        return self.options
 
     @abstractmethod
     def prepare(self, data: Path, folder: Path) -> Cohort:
@@ -281,8 +282,9 @@ def _preprocess(table: Table, prep: Prepared) -> None:
     if all(done):
         return
     wall, cpu = prep.run(
-        "participant", "--level", "minimal", "--participant-label", *wanted, *table.options
-    )
+        "participant", "--level", "minimal", "--participant-label", *wanted,
+        *table.arguments(prep.cohort),
+    )  # fmt: skip
     count = done.count(False)
     note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
 
@@ -293,7 +295,7 @@ def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:
     for case in trial.cases(prep.cohort):
         by_reference.setdefault(case.to or prep.cohort.reference, []).append(case)
     for to, cases in by_reference.items():
-        digest, result = "", prep.scaled
+        digest, result = "", View(prep.scaled)
         if trial.method is not None:
             bundle = model_for(table, trial, to, prep)
             digest = load_bundle(bundle).hash

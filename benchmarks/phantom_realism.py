@@ -30,7 +30,7 @@ from skimage.exposure import match_histograms
 from bids_harmony.phantom.acquisition import Scan, acquire
 from bids_harmony.phantom.anatomy import build_anatomy
 from bids_harmony.phantom.person import make_person
-from bids_harmony.phantom.sites import INFANTS, REFERENCE, all_sites
+from bids_harmony.phantom.sites import ADULTS, REFERENCE, get_sites
 
 FloatArray = NDArray[np.floating]
 
@@ -75,7 +75,7 @@ def collect(
     subjects: int, modality: str, resolution: float | None, seed: int
 ) -> dict[str, list[Scan]]:
     """Scan every subject at every site."""
-    sites = {name: site for name, site in all_sites().items() if name != INFANTS}
+    sites = {site.name: site for site in get_sites(ADULTS)}
     scans: dict[str, list[Scan]] = {name: [] for name in sites}
     for index in range(1, subjects + 1):
         person = make_person(seed, index)

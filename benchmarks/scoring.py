@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import nibabel as nb
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from bids_harmony.imaging.tissues import TISSUES, dice
 from bids_harmony.interfaces.ants import ants_session
@@ -100,3 +102,22 @@ def tissue_change(before: NDArray[Any], after: NDArray[Any]) -> dict[str, float]
     """rAVD (%) of each tissue of a result to the input's (HAIL, equation 2)."""
     found = relative_volume_difference(before, after, TISSUES.values())
     return {f"ravd_input_{name.lower()}": found[number] for name, number in TISSUES.items()}
+
+
+def divergence_of_sites(images: Sequence[Image], masks: Sequence[Mask], bins: int = 256) -> float:
+    """Jensen-Shannon divergence of several brains' intensities in bits, 0 to log2 of their number.
+
+    Common bins from the smallest value to the largest.
+    """
+    values = [image[mask] for image, mask in zip(images, masks, strict=True)]
+    ends = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    counts = np.stack([np.histogram(v, bins, ends)[0] for v in values])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    whole = float(stats.entropy(shares.mean(axis=0), base=2))
+    return whole - float(stats.entropy(shares, base=2, axis=1).mean())
+
+
+def slope_correlation(image: Image, mask: Mask) -> float:
+    """Pearson's r of intensity and position along the second axis in the brain."""
+    place = np.nonzero(mask)[1]
+    return float(np.corrcoef(image[mask], place)[0, 1])

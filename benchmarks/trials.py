@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.view import FloatArray, View
 from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
@@ -20,7 +21,7 @@ from bids_harmony.methods.bundle import is_bundle, load_bundle
 from bids_harmony.methods.registry import available
 
 if TYPE_CHECKING:
-    from benchmarks.harness import Case, Cohort, Prepared, Table, View
+    from benchmarks.harness import Case, Cohort, Prepared, Table
 
 MODALITY = "T1w"
 #: Of a model's hash in a file name.
@@ -154,7 +155,7 @@ def _towards(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared
             wanted = [shown]
         prep.run(
             "train", "--model", str(networks), "--reference", shown, "--name", folder.name,
-            "--participant-label", *wanted, *_device(trial, prep), *table.options,
+            "--participant-label", *wanted, *_device(trial, prep), *table.arguments(prep.cohort),
         )  # fmt: skip
     return folder
 
@@ -169,7 +170,7 @@ def _adapted(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared
         wall, cpu = prep.run(
             "train", "--model", str(networks), "--adapt-to", trial.adapt_to,
             "--name", folder.name, "--participant-label", *people, *modalities,
-            *_device(trial, prep), *table.options, *_limit(trial, prep),
+            *_device(trial, prep), *table.arguments(prep.cohort), *_limit(trial, prep),
         )  # fmt: skip
         note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
     return folder
@@ -209,7 +210,7 @@ def _train(
     wall, cpu = prep.run(
         "train", "--method", str(trial.method), "--reference", reference,
         "--name", folder.name, "--participant-label", *people,
-        *_device(trial, prep), *table.options, *trial.train, *_limit(trial, prep),
+        *_device(trial, prep), *table.arguments(prep.cohort), *trial.train, *_limit(trial, prep),
     )  # fmt: skip
     note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
 
@@ -231,12 +232,19 @@ def harmonized(
             "--output-spaces", "native",
             "--participant-label", *sorted({scans[k].subject for k in missing}),
             *(("--session-label", *sessions) if sessions else ()),
-            *_device(trial, prep), *table.options, *trial.participant,
+            *_device(trial, prep), *table.arguments(prep.cohort), *trial.participant,
         )  # fmt: skip
         count = len(missing)
         note(prep.folder, trial.label, seconds=wall / count, cpu_seconds=cpu / count)
     scale = loaded.output_scale[MODALITY]
-    return lambda scan: scale.apply(prep.read(paths[scan.stem]))
+
+    def image(scan: Scan) -> FloatArray:
+        return scale.apply(prep.read(paths[scan.stem]))
+
+    def dseg(scan: Scan) -> FloatArray:
+        return prep.read(derivative_path(prep.out_dir, scan, desc=desc, suffix="dseg"))
+
+    return View(image, dseg, bundle)
 
 
 def forget_models(models: Path, labels: Iterable[str]) -> None:

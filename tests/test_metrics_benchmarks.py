@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 from scipy.spatial import distance
+from scipy.spatial.distance import cdist
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import dice
 from bids_harmony.metrics.intensity import normalized_wasserstein
 from bids_harmony.metrics.similarity import psnr
 from bids_harmony.metrics.slices import field_psnr, field_ssim, slice_consistency
-from bids_harmony.metrics.tissue import label_volumes, relative_volume_difference
+from bids_harmony.metrics.tissue import (
+    label_volumes,
+    mean_hausdorff,
+    relative_volume_difference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,22 @@ def test_dice_against_scipy():
     assert dice(first, first, (2,)) == {2: 1.0}
     with pytest.raises(ScanError, match="resample"):
         dice(first, second[1:], (1,))
+
+
+def test_mean_hausdorff_against_all_distances():
+    rng = np.random.default_rng(5)
+    first, second = (rng.integers(0, 3, (6, 7, 5)) for _ in range(2))
+    spacing = (1.0, 2.0, 0.5)
+    found = mean_hausdorff(first, second, (1, 2, 7), spacing)
+    for label in (1, 2):
+        a, b = (np.argwhere(x == label) * spacing for x in (first, second))
+        apart = cdist(a, b)
+        expected = (apart.min(1).mean() + apart.min(0).mean()) / 2
+        assert found[label] == pytest.approx(expected, abs=1e-9)
+    assert np.isnan(found[7])
+    assert mean_hausdorff(first, first, (1,), spacing) == {1: 0}
+    with pytest.raises(ScanError, match="resample one"):
+        mean_hausdorff(first, second[1:], (1,), spacing)
 
 
 def test_slice_consistency_by_hand():

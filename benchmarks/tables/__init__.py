@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Table
-from benchmarks.tables import by_example, real_sites
+from benchmarks.tables import by_example, real_sites, tissues
 from benchmarks.tables.blindharmony import BlindHarmony
 from benchmarks.tables.lesions import Lesions
 from benchmarks.tables.real_pair import RealPair
@@ -19,6 +19,7 @@ TABLES: dict[str, Table] = {
         by_example.ByExample(),
         real_sites.RealSites(),
         Lesions(),
+        tissues.Tissues(),
     )
 }
 TRIALS: dict[str, Trial] = {
@@ -34,5 +35,6 @@ TRIALS: dict[str, Trial] = {
         Trial("blindharmony", "blindharmony", ("--preset", "cpu"), neural=True),
         *by_example.TRIALS,
         *real_sites.TRIALS,
+        *tissues.TRIALS,
     )
 }

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table
 from benchmarks.scoring import anatomy, jumps, similarity, whole_field
 from benchmarks.trials import scans_of
+from benchmarks.view import View
 from bids_harmony.bids.write import save_nifti
 
 SITE = "novosibirsk"

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Column, Prepared, View
+from benchmarks.harness import Case, Column, Prepared
 from benchmarks.scoring import towards_example
 from benchmarks.tables.travelling import RESOLUTION, SCORES, Travelling
 from benchmarks.trials import Trial, example_of
+from benchmarks.view import View
 from bids_harmony.phantom.sites import REFERENCE
 
 NEAR, FAR, UNSEEN = "mprage15", "spgr3", "biased3"

@@ -9,10 +9,11 @@ from typing import ClassVar
 import nibabel as nb
 
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, read
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table, read
 from benchmarks.tables.by_example import FAR, NEAR, ByExample, way
 from benchmarks.tables.travelling import RESOLUTION, truth_file
 from benchmarks.trials import scans_of
+from benchmarks.view import View
 from bids_harmony.metrics.lesions import lesion_contrast_and_volume
 from bids_harmony.phantom.dataset import write_phantom
 from bids_harmony.phantom.sites import REFERENCE

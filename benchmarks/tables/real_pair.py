@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table
 from benchmarks.scoring import similarity
 from benchmarks.tables.blindharmony import SITE, BlindHarmony
 from benchmarks.trials import scans_of
+from benchmarks.view import View
 from bids_harmony.bids.scan import Scan
 from bids_harmony.imaging.mask import block_mean
 from bids_harmony.interfaces.ants import ants_session

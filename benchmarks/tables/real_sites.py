@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table
 from benchmarks.scoring import anatomy, segmented, tissue_change, towards_example
 from benchmarks.trials import Trial, example_of, scans_of
+from benchmarks.view import View
 
 SEEN: Mapping[str, tuple[str, ...]] = {
     "novosibirsk": tuple(f"nov{k}" for k in range(52, 60)),

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.goals import Goal
-from benchmarks.harness import Case, Cohort, Column, Prepared, Table, View, read
+from benchmarks.harness import Case, Cohort, Column, Prepared, Table, read
 from benchmarks.scoring import anatomy, distribution, jumps, segmented, similarity, tissues
 from benchmarks.trials import scans_of
+from benchmarks.view import View
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.write import atomic_write_text
 from bids_harmony.phantom.dataset import TRUTH, write_phantom
@@ -51,6 +52,7 @@ class Travelling(Table):
     trained: ClassVar[int] = 12
     trained_at: ClassVar[tuple[str, ...]] = (REFERENCE,)
     trained_on: ClassVar[tuple[str, ...]] = ("T1w",)
+    tested_on: ClassVar[tuple[str, ...]] = ("T1w",)
     about: ClassVar[str] = (
         f"Digital brain phantom at {RESOLUTION:g} mm: trained on {trained} subjects at the "
         f"reference domain {REFERENCE}, tested on {tested} others who were scanned at all sites; "
@@ -153,7 +155,8 @@ class Travelling(Table):
         shutil.rmtree(draft, ignore_errors=True)
         write_phantom(
             draft / "tested", subjects=self.tested, sites=(*self.sites, REFERENCE),
-            resolution=RESOLUTION, truths=sorted({to for _, to in self.ways().values()}),
+            modalities=self.tested_on, resolution=RESOLUTION,
+            truths=sorted({to for _, to in self.ways().values()} or {REFERENCE}),
         )  # fmt: skip
         write_phantom(
             draft / "trained", subjects=self.trained, first=self.tested + 1,

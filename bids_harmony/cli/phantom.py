@@ -34,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bids_dir", type=Path, metavar="BIDS_DIR", help="new or empty folder")
     add("--subjects", type=int, default=6, metavar="N", help="how many subjects [6]")
-    add(
-        "--sites", nargs="+", default=list(SITES), metavar="NAME", help="sites [all but infant3]"
-    )
+    add("--sites", nargs="+", default=list(SITES), metavar="NAME", help="sites [all but infant3]")
     add("--modality", nargs="+", default=["T1w"], choices=MODALITIES, help="[T1w]")
     add(
         "--travelling",

@@ -1,12 +1,15 @@
-"""Volumes of tissue segmentations."""
+"""Volumes of tissue segmentations, and how far two of them lie apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
+
+from bids_harmony.errors import ScanError
 
 Labels = NDArray[Any]
 
@@ -56,3 +59,46 @@ def relative_volume_difference(
         k: 100 * abs(after[k] - before[k]) / before[k] if before[k] else float("nan")
         for k in before
     }
+
+
+def mean_hausdorff(
+    first: Labels, second: Labels, labels: Iterable[int], spacing: Sequence[float]
+) -> dict[int, float]:
+    """Mean Hausdorff distance in mm, per label: how far two segmentations of a tissue lie apart.
+
+    Mean distance of the voxels of one from the nearest voxel of the other, averaged over both
+    directions. deepNormalize's equation 5 takes the largest distance instead, but its figures
+    (0.2 to 0.8 mm at 1 mm) are means.
+
+    Parameters
+    ----------
+    first, second
+        Whole numbers on one grid.
+    labels
+        Which to compare.
+    spacing
+        Voxel size in mm.
+
+    Returns
+    -------
+    Per label; NaN where one of them has none of it.
+
+    Raises
+    ------
+    ScanError
+        If the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ScanError(f"segmentations of shape {first.shape} and {second.shape}; resample one")
+    found = {}
+    for label in labels:
+        pair = first == label, second == label
+        if not all(part.any() for part in pair):
+            found[int(label)] = float("nan")
+            continue
+        apart = [
+            float(ndimage.distance_transform_edt(~there, sampling=spacing)[here].mean())
+            for here, there in (pair, pair[::-1])
+        ]
+        found[int(label)] = sum(apart) / 2
+    return found

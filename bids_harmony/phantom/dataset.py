@@ -18,7 +18,7 @@ from bids_harmony.phantom.acquisition import Scan, acquire
 from bids_harmony.phantom.anatomy import build_anatomy
 from bids_harmony.phantom.person import Person, make_person
 from bids_harmony.phantom.signal import TISSUES
-from bids_harmony.phantom.sites import INFANTS, REFERENCE, Site, all_sites, get_sites
+from bids_harmony.phantom.sites import ADULTS, REFERENCE, Site, get_sites
 from bids_harmony.phantom.writing import image_bytes, write_json, write_new, write_tsv
 
 LOGGER = logging.getLogger("bids_harmony.phantom")
@@ -52,7 +52,7 @@ def write_phantom(
     bids_dir: Path,
     *,
     subjects: int = 6,
-    sites: Sequence[str] = tuple(name for name in all_sites() if name != INFANTS),
+    sites: Sequence[str] = ADULTS,
     modalities: Sequence[str] = ("T1w",),
     travelling: int | None = None,
     resolution: float | None = None,
@@ -72,7 +72,6 @@ def write_phantom(
         How many.
     sites
         Names from ``all_sites()``, one session each; ``mprage3`` is the reference domain.
-        All that scan adults unless named.
     modalities
         Any of ``T1w``, ``T2w``, ``FLAIR``.
     travelling

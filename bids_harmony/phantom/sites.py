@@ -12,7 +12,9 @@ from bids_harmony.errors import UsageError
 from bids_harmony.phantom.signal import Tissue, mprage, spgr, tse
 
 REFERENCE = "mprage3"
-#: Site that scans infants, who are no travelling subjects.
+#: Sites that scan adults: what is simulated unless sites are named.
+ADULTS = (REFERENCE, "mprage15", "spgr3", "spgr15", "thick15", "biased3")
+#: Site that scans infants.
 INFANTS = "infant3"
 
 
