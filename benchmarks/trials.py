@@ -69,6 +69,11 @@ class Trial:
         """Whether one training serves for several references."""
         return self.method is not None and available()[self.method].by_example
 
+    @property
+    def of_several_sites(self) -> bool:
+        """Whether its training needs the scans of other sites beside the reference's."""
+        return self.method is not None and available()[self.method].sites_to_train > 1
+
     def cases(self, cohort: Cohort) -> list[Case]:
         """Those that it is tried with."""
         return [c for c in cohort.cases if not self.conditions or c.condition in self.conditions]
@@ -120,7 +125,7 @@ def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
     if not trial.by_example:
         folder = prep.model(_name(trial.label, to, prep.cohort.reference))
         if not is_bundle(folder):
-            people = _training(trial, prep, only=to)
+            people = _training(trial, prep, only="" if trial.of_several_sites else to)
             _train(table, trial, folder, prep, to, people)
         return folder
     home = _home(trial, prep.cohort)

@@ -310,3 +310,30 @@ def test_scans_become_volumes_in_one_place(tmp_path):
     made = volume_of(scan, np.full(mask.shape, 0.5), mask, affine, "T1w")
     assert (made.spacing, made.axes, made.site) == ((2.0, 1.0, 3.0), ("L", "A", "S"), "A")
     assert np.array_equal(made.data, 0.5 * mask)
+
+
+def test_divergence_and_slope():
+    scoring = module("scoring")
+    rng = np.random.default_rng(2)
+    images = [rng.normal(m, 1, (8, 9, 10)).astype(np.float32) for m in (0, 0.5, 3)]
+    masks = [rng.random((8, 9, 10)) < 0.7 for _ in images]
+    jsd = importlib.import_module("bids_harmony.metrics.similarity").jsd
+    expected = jsd(images[0], images[2], masks[0], second_mask=masks[2])
+    found = scoring.divergence_of_sites([images[0], images[2]], [masks[0], masks[2]])
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert scoring.divergence_of_sites([images[0]] * 3, [masks[0]] * 3) == pytest.approx(0)
+    apart = [np.full((2, 2, 2), k, np.float32) for k in range(3)]
+    whole = [np.ones((2, 2, 2), bool)] * 3
+    assert scoring.divergence_of_sites(apart, whole) == pytest.approx(np.log2(3))
+    ramp = np.broadcast_to(np.arange(9.0)[None, :, None], (8, 9, 10)).astype(np.float32)
+    assert scoring.slope_correlation(3 - ramp, masks[0]) == pytest.approx(-1)
+    assert abs(scoring.slope_correlation(images[0], masks[0])) < 0.2
+
+
+def test_methods_that_need_several_sites_are_trained_on_all_of_a_trial():
+    trials, tables = module("trials"), module("tables")
+    trial = tables.TRIALS["deepnormalize-two"]
+    assert trial.of_several_sites
+    assert trial.sites == ("mprage3", "infant3")
+    assert not tables.TRIALS["histogram-matching"].of_several_sites
+    assert not trials.Trial("none", None).of_several_sites
