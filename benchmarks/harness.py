@@ -81,12 +81,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Cohort:
-    """A BIDS data set, the reference domain in it, who is trained on, and the cases."""
+    """A BIDS data set, the reference domain in it, who is trained on, and the cases.
+
+    Each of `training` was scanned at one site, each of `travellers` at several.
+    """
 
     bids_dir: Path
     reference: str
     training: tuple[str, ...]
     cases: tuple[Case, ...]
+    travellers: tuple[str, ...] = ()
 
 
 class Table(ABC):
@@ -276,7 +280,7 @@ def forget(table: Table, labels: Sequence[str], work: Path) -> None:
 def _preprocess(table: Table, prep: Prepared) -> None:
     """Masks, bias fields and transforms of all scans; the wall time is kept for `none`."""
     tested = sorted({s.subject for case in prep.cohort.cases for s in case.scans})
-    wanted = sorted({*tested, *prep.cohort.training})
+    wanted = sorted({*tested, *prep.cohort.training, *prep.cohort.travellers})
     scans = scans_of(prep.cohort.bids_dir, wanted)
     done = [derivative_path(prep.out_dir, s, desc="brain", suffix="mask").is_file() for s in scans]
     if all(done):

@@ -51,6 +51,8 @@ class Trial:
         Site with whose training scans those networks are trained on.
     conditions
         The only ones it is tried with; empty for all.
+    travellers
+        Trained on the subjects who were scanned at several sites, instead of the others.
     """
 
     label: str
@@ -63,6 +65,7 @@ class Trial:
     networks_of: str = ""
     adapt_to: str = ""
     conditions: tuple[str, ...] = ()
+    travellers: bool = False
 
     @property
     def by_example(self) -> bool:
@@ -194,7 +197,9 @@ def _training(
     cohort = prep.cohort
     found = [
         scan.subject
-        for scan in scans_of(cohort.bids_dir, cohort.training)
+        for scan in scans_of(
+            cohort.bids_dir, cohort.travellers if trial.travellers else cohort.training
+        )
         if (anywhere or not trial.sites or scan.site in trial.sites)
         and (not only or scan.site == only)
     ]

@@ -25,6 +25,8 @@ def way(site: str, to: str) -> str:
 #: Two pairs of sites, in both directions: a near and a wide one.
 NARROW = (way(NEAR, REFERENCE), way(REFERENCE, NEAR))
 WIDE = (way(FAR, REFERENCE), way(REFERENCE, FAR))
+#: What a translator from one site to the reference domain is tried with.
+TO_REFERENCE = tuple(way(site, REFERENCE) for site in (NEAR, FAR, UNSEEN, REFERENCE))
 
 TRIALS = (
     Trial("hail", "hail", ("--preset", "cpu"), neural=True, sites=(REFERENCE, FAR),
@@ -39,6 +41,12 @@ TRIALS = (
     Trial("calamiti-narrow-adapted", "calamiti", _TWO, neural=True, sites=(REFERENCE, NEAR),
           networks_of="calamiti-narrow", adapt_to=FAR, conditions=(way(FAR, REFERENCE),)),
     Trial("dewey2020", "dewey2020", _TWO, neural=True),
+    Trial("unet", "unet", ("--preset", "cpu"), neural=True, travellers=True,
+          conditions=TO_REFERENCE),
+    Trial("cyclegan", "cyclegan", ("--preset", "cpu"), neural=True, sites=(REFERENCE, FAR),
+          conditions=TO_REFERENCE),
+    Trial("stylegan", "stylegan", ("--preset", "cpu"), neural=True, sites=(REFERENCE, FAR),
+          one_example=True),
 )  # fmt: skip
 
 
@@ -52,6 +60,8 @@ class ByExample(Travelling):
     trained: ClassVar[int] = 15
     trained_at: ClassVar[tuple[str, ...]] = (REFERENCE, NEAR, FAR)
     trained_on: ClassVar[tuple[str, ...]] = ("T1w", "T2w")
+    travellers: ClassVar[int] = 5
+    travelled_to: ClassVar[tuple[str, ...]] = (REFERENCE, FAR)
     about: ClassVar[str] = (
         f"Digital brain phantom at {RESOLUTION:g} mm: {trained} training subjects, five at each "
         f"of the sites {', '.join(trained_at)}; tested on the T1w of {tested} others who were "
@@ -64,7 +74,10 @@ class ByExample(Travelling):
         "that loss. CALAMITI and Dewey 2020 learn from T1w and T2w of all three sites and take "
         "the mean theta of the wanted site's five; `calamiti-narrow` and `calamiti-wide` learn "
         "from that pair only, and `calamiti-narrow-adapted` is the former after `train "
-        f"--adapt-to {FAR}`. " + SCORES + " The example's columns have the one scan of the wanted "
+        f"--adapt-to {FAR}`. The comparators learn one pair of sites: the paired U-Net from "
+        f"{travellers} subjects who were scanned at {REFERENCE} and {FAR}, CycleGAN and the "
+        f"style-transfer GAN from the T1w of {REFERENCE} and {FAR}; the latter is shown one scan, "
+        "as HAIL. " + SCORES + " The example's columns have the one scan of the wanted "
         "site as target that HAIL is shown: another person's, as in the paper."
     )
     columns: ClassVar[tuple[Column, ...]] = (

@@ -52,6 +52,9 @@ class Travelling(Table):
     trained: ClassVar[int] = 12
     trained_at: ClassVar[tuple[str, ...]] = (REFERENCE,)
     trained_on: ClassVar[tuple[str, ...]] = ("T1w",)
+    #: Training subjects who were scanned at two sites, for methods that need such.
+    travellers: ClassVar[int] = 0
+    travelled_to: ClassVar[tuple[str, ...]] = ()
     tested_on: ClassVar[tuple[str, ...]] = ("T1w",)
     about: ClassVar[str] = (
         f"Digital brain phantom at {RESOLUTION:g} mm: trained on {trained} subjects at the "
@@ -97,15 +100,19 @@ class Travelling(Table):
         root = folder / "bids"
         if not root.is_dir():
             self._simulate(folder / "draft", root)
+        known = self.tested + self.trained
         tested = [f"{k:02d}" for k in range(1, self.tested + 1)]
-        training = tuple(f"{self.tested + k:02d}" for k in range(1, self.trained + 1))
+        training = tuple(f"{k:02d}" for k in range(self.tested + 1, known + 1))
+        travellers = tuple(f"{known + k:02d}" for k in range(1, self.travellers + 1))
+        if travellers and not (root / f"sub-{travellers[-1]}").is_dir():
+            self._let_travel(folder / "draft", root)
         scans = {(s.subject, s.site): s for s in scans_of(root, tested)}
         cases = [
             Case(condition, scans[who, site].stem, who, (scans[who, site],),
                  {"own": scans[who, to]}, to)
             for condition, (site, to) in self.ways().items() for who in tested
         ]  # fmt: skip
-        return Cohort(root, REFERENCE, training, tuple(cases))
+        return Cohort(root, REFERENCE, training, tuple(cases), travellers)
 
     def ways(self) -> dict[str, tuple[str, str]]:
         """By condition: the scan's site, and the site whose appearance it gets."""
@@ -163,11 +170,27 @@ class Travelling(Table):
             sites=self.trained_at, modalities=self.trained_on, travelling=0,
             resolution=RESOLUTION,
         )  # fmt: skip
-        for below in (Path(), TRUTH):
-            for path in sorted((draft / "trained" / below).glob("sub-*")):
-                path.rename(draft / "tested" / below / path.name)
-            name = below / "participants.tsv"
-            first, second = ((draft / k / name).read_text() for k in ("tested", "trained"))
-            atomic_write_text(draft / "tested" / name, first + second.split("\n", 1)[1])
+        _join(draft / "trained", draft / "tested")
         (draft / "tested").rename(root)
         shutil.rmtree(draft)
+
+    def _let_travel(self, draft: Path, root: Path) -> None:
+        """Training subjects who were scanned at two sites, added to the data set."""
+        shutil.rmtree(draft, ignore_errors=True)
+        write_phantom(
+            draft, subjects=self.travellers, first=self.tested + self.trained + 1,
+            sites=self.travelled_to, modalities=self.trained_on, resolution=RESOLUTION,
+        )  # fmt: skip
+        _join(draft, root)
+        shutil.rmtree(draft)
+
+
+def _join(more: Path, root: Path) -> None:
+    """Move the subjects of one phantom into another."""
+    for below in (Path(), TRUTH):
+        for path in sorted((more / below).glob("sub-*")):
+            path.rename(root / below / path.name)
+        name = below / "participants.tsv"
+        rows = (root / name).read_text().splitlines()
+        rows += [row for row in (more / name).read_text().splitlines() if row not in rows]
+        atomic_write_text(root / name, "\n".join(rows) + "\n")
