@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,7 +18,7 @@ from bids_harmony.methods.base import (
     Volume,
     preset_named,
 )
-from bids_harmony.methods.by_modality import ByModality
+from bids_harmony.methods.by_style import ByStyle
 from bids_harmony.methods.hail_losses import Weights
 from bids_harmony.methods.hail_part import (
     MOST_CHANGE,
@@ -68,7 +67,7 @@ _PAPER = Preset(
 )
 
 
-class Hail(ByModality[Part]):
+class Hail(ByStyle[Part]):
     """A frozen encoder, AdaIN towards the examples' style, a decoder, and the scan's own anatomy.
 
     Phase 1 trains an autoencoder on cubes of all sites. In phase 2 its encoder is frozen and its
@@ -82,7 +81,6 @@ class Hail(ByModality[Part]):
     """
 
     name: ClassVar[str] = "hail"
-    by_example: ClassVar[bool] = True
     train_options: ClassVar[Mapping[str, float]] = {"consistency": Weights.consistency}
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
 
@@ -99,12 +97,6 @@ class Hail(ByModality[Part]):
             _GRID,
             preset_named(cls.name, cls.presets_by_name, preset).resolution,
         )
-
-    @property
-    def contract(self) -> Contract:
-        """For the modalities of the examples; before there are any, for all."""
-        shown = [name for name, part in self._parts.items() if part.wanted is not None]
-        return self.contract_for_preset(tuple(shown or self._parts), self._preset)
 
     @classmethod
     def fit(
@@ -134,42 +126,10 @@ class Hail(ByModality[Part]):
             lambda chosen, share: fit_part(chosen, preset, seed, share),
         )
 
-    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
-        """The same networks for the mean style of these scans; other appearances are forgotten.
-
-        Raises
-        ------
-        ScanError
-            If no scan can be used. Scans that `harmonize` would refuse are left out, with a
-            warning in the log.
-        """
-        torch.set_num_threads(self._threads)
-        found: dict[str, list[tuple[str, torch.Tensor]]] = {}
-        left_out: list[str] = []
-        for index in range(len(volumes)):
-            volume = volumes[index]
-            try:
-                part = self._part(volume)
-                brain = brain_of(volume)
-                self._admit(part, brain, volume)
-            except ScanError as error:
-                left_out.append(str(error))
-                LOG.warning("no example: %s", error)
-                continue
-            style = style_of(part.network, brain, part.window)
-            found.setdefault(volume.modality, []).append((volume.name or "scan", style))
-        if not found:
-            why = left_out[0] if left_out else "no scan was given"
-            raise ScanError(f"{self.name}: no example can be used: {why}")
-        parts = {}
-        for modality, part in self._parts.items():
-            shown = found.get(modality, [])
-            wanted = torch.stack([style for _, style in shown]).mean(0) if shown else None
-            names = tuple(name for name, _ in shown)
-            parts[modality] = replace(part, wanted=wanted, examples=names)
-        made = self._copy(parts)
-        made._files = dict(self._files)
-        return made
+    def _style(self, part: Part, volume: Volume) -> torch.Tensor:
+        brain = brain_of(volume)
+        self._admit(part, brain, volume)
+        return style_of(part.network, brain, part.window)
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Make `volume` look like the examples; nothing is drawn at random.
@@ -181,16 +141,11 @@ class Hail(ByModality[Part]):
             upright brain of the modality.
         """
         torch.set_num_threads(self._threads)
-        part = self._part(volume)
-        if part.wanted is None:
-            raise ScanError(
-                f"{volume.name or 'scan'}: the {self.name} model was not shown how "
-                f"{volume.modality} scans should look; give it examples of the wanted site"
-            )
+        part, wanted = self._part(volume), self._wanted(volume)
         brain = brain_of(volume)
         unlikeness, unlike = self._admit(part, brain, volume)
         own = style_of(part.network, brain, part.window)
-        drawing = part.draw(brain, own, part.wanted)
+        drawing = part.draw(brain, own, wanted)
         error = redrawing_error(brain[0], drawing.redrawn, brain[1])
         if not error <= part.redrawing.refuse:
             raise ScanError(
@@ -200,8 +155,8 @@ class Hail(ByModality[Part]):
                 "a statistical method"
             )
         facts = {"redrawing_error": error, "unlikeness": unlikeness}
-        before = distance(own, part.wanted)
-        after = distance(intensities(drawing.data, brain[1]), part.wanted)
+        before = distance(own, wanted)
+        after = distance(intensities(drawing.data, brain[1]), wanted)
         change = np.abs(drawing.data - brain[0].numpy())[brain[1].numpy()]
         details = {
             "examples": len(part.examples),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bids_harmony.errors import ScanError
-from bids_harmony.methods.base import Contract, Harmonized, Training, Volume
+from bids_harmony.methods.base import Harmonized, Training, Volume
+from bids_harmony.methods.by_style import ByStyle
 from bids_harmony.methods.hail_volumes import brain_of
 from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import Known
@@ -45,7 +44,7 @@ _CPU = Preset(2.0, 16, 2, 3, Plan(4000, 5e-4, every=200, patience=20))
 _PAPER = Preset(1.0, 48, 3, 8, Plan(60_000, 1e-4, every=1000, patience=60), judge_rate=1e-4)
 
 
-class StyleGan(SliceTranslation[StyleNetworks]):
+class StyleGan(ByStyle[TranslationPart], SliceTranslation[StyleNetworks]):
     """One network for all sites; the wanted style comes from reference images.
 
     Styles are always told by slices: the paper's mapping network, which makes up styles from
@@ -53,15 +52,8 @@ class StyleGan(SliceTranslation[StyleNetworks]):
     """
 
     name: ClassVar[str] = "stylegan"
-    by_example: ClassVar[bool] = True
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
     network_kind: ClassVar[type[Any]] = StyleNetworks
-
-    @property
-    def contract(self) -> Contract:
-        """For the modalities of the examples; before there are any, for all."""
-        shown = [name for name, part in self._parts.items() if part.wanted is not None]
-        return self.contract_for_preset(tuple(shown or self._parts), self._preset)
 
     @classmethod
     def _check_people(cls, people: Sequence[Known]) -> None:
@@ -102,43 +94,12 @@ class StyleGan(SliceTranslation[StyleNetworks]):
             "training.png": training_png({"stylegan": run}),
         }
 
-    def towards(self, volumes: Sequence[Volume], *, seed: int) -> Self:
-        """The same networks for the mean style of these scans.
-
-        Raises
-        ------
-        ScanError
-            If no scan can be used. Scans that `harmonize` would refuse are left out, with a
-            warning in the log.
-        """
-        torch.set_num_threads(self._threads)
-        found: dict[str, list[tuple[str, Tensor]]] = {}
-        left_out: list[str] = []
-        for index in range(len(volumes)):
-            volume = volumes[index]
-            try:
-                part, (image, mask) = self._part(volume), brain_of(volume)
-                part.likeness.admit(
-                    image, mask, volume.spacing, name=volume.name, modality=volume.modality
-                )
-            except ScanError as error:
-                left_out.append(str(error))
-                LOG.warning("no example: %s", error)
-                continue
-            style = style_of(part.network, image, mask, part.side)
-            found.setdefault(volume.modality, []).append((volume.name or "scan", style))
-        if not found:
-            why = left_out[0] if left_out else "no scan was given"
-            raise ScanError(f"{self.name}: no example can be used: {why}")
-        parts = {}
-        for modality, part in self._parts.items():
-            shown = found.get(modality, [])
-            wanted = torch.stack([style for _, style in shown]).mean(0) if shown else None
-            names = tuple(name for name, _ in shown)
-            parts[modality] = replace(part, wanted=wanted, examples=names)
-        made = self._copy(parts)
-        made._files = dict(self._files)
-        return made
+    def _style(self, part: TranslationPart, volume: Volume) -> Tensor:
+        image, mask = brain_of(volume)
+        part.likeness.admit(
+            image, mask, volume.spacing, name=volume.name, modality=volume.modality
+        )
+        return style_of(part.network, image, mask, part.side)
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Draw `volume` in the style of the examples.
@@ -148,11 +109,7 @@ class StyleGan(SliceTranslation[StyleNetworks]):
         ScanError
             As the others; or if there is no example of the modality.
         """
-        if self._part(volume).wanted is None:
-            raise ScanError(
-                f"{volume.name or 'scan'}: the {self.name} model was not shown how "
-                f"{volume.modality} scans should look; give it examples of the wanted site"
-            )
+        self._wanted(volume)
         return super().harmonize(volume, seed=seed)
 
     def _draw(self, part: TranslationPart, seen: Tensor, brain: Tensor) -> Tensor:
