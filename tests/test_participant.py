@@ -300,6 +300,36 @@ def test_another_run_fits_no_second_bias_field(full, bundle, tmp_path, monkeypat
     assert made.read_bytes() == before
 
 
+def test_what_was_made_with_a_given_mask_serves_while_the_mask_is_the_same(
+    tiny, bundle, tmp_path, monkeypatch
+):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    raw, affine = load(tiny.path("01"))
+    path = theirs / "sub-01" / "anat" / "sub-01_desc-brain_mask.nii.gz"
+    path.parent.mkdir(parents=True)
+    nb.Nifti1Image((raw > 0).astype(np.uint8), affine).to_filename(path)
+    options = ["--participant-label", "01", "--derivatives", f"theirs={theirs}"]
+    options += serial(tmp_path / "work")
+    ran = call(tiny.root, out, "participant", "--level", "minimal", *options)
+    assert ran.code == 0, ran.out + ran.err
+
+    def again(*_args, **_kwargs):
+        raise AssertionError("made again")
+
+    for name in ("fit_bias", "register_rigid"):
+        monkeypatch.setattr(f"bids_harmony.interfaces.ants.{name}", again)
+    options += ["--model", bundle]
+    ran = call(tiny.root, out, "participant", *options)
+    assert ran.code == 0, ran.out + ran.err
+    assert sidecar(out_file(out, "01"))["Harmonization"]["BrainMask"] == "theirs"
+    smaller = raw > 0
+    smaller[:25] = False
+    nb.Nifti1Image(smaller.astype(np.uint8), affine).to_filename(path)
+    ran = call(tiny.root, out, "participant", *options)
+    assert ran.code == 1
+    assert "made again" in ran.line("sub-01_T1w")
+
+
 def test_minimal_level(tiny, transforms, tmp_path):
     out = tmp_path / "out"
     options = ["--level", "minimal", "--participant-label", "01", "--modality", "T1w"]

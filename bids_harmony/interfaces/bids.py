@@ -37,7 +37,7 @@ class _PreprocessedInput(BaseInterfaceInputSpec):
     mask_file = File(exists=True, mandatory=True)
     mask_source = traits.Str("", usedefault=True)
     mask_warnings = traits.List(traits.Str)
-    given = traits.Bool(False, usedefault=True, desc="the mask is the user's")
+    given = traits.Str("", usedefault=True, desc="the user's mask in words, if it is the user's")
     checksum = traits.Str("", usedefault=True, desc="sha256 of the raw file")
     bias_file = File(exists=True, desc="coarse bias field")
     transform_file = File(exists=True, desc="ITK text transform, scan to template")
@@ -60,7 +60,7 @@ class WritePreprocessed(TimedInterface):
         out_dir = Path(inputs.out_dir)
         source = bids_uri(scan.path, Path(inputs.bids_dir))
         made = {**inputs.fingerprint, "InputSHA256": inputs.checksum}
-        common = {"Sources": [source], "Preprocessing": made}
+        common = {"Sources": [source], "Preprocessing": made, "Given": inputs.given}
         written = []
         # what lies here belongs together while the mask has a sidecar, which is written last
         mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
@@ -83,7 +83,6 @@ class WritePreprocessed(TimedInterface):
         words = {
             "Type": "Brain",
             "Description": inputs.mask_source,
-            "Given": inputs.given,
             "Warnings": self._given("mask_warnings") or [],
         }
         write_json(sidecar_path(mask), common | words)

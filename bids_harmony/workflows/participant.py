@@ -34,7 +34,7 @@ def split_done(
         found = find_given(scan, job.folders, job.prep, job.place.out_dir)
         given[scan.stem] = found
         if target is None:
-            finished = is_preprocessed(scan, job.prep, job.place.out_dir)
+            finished = is_preprocessed(scan, job.prep, job.place.out_dir, found)
         else:
             settings = scan_settings(scan, job.prep, target, job.place, found)
             finished = is_done(scan, job.place, settings, segments=target.segments)

@@ -11,7 +11,7 @@ from bids_harmony.interfaces.ants import ApplyTransform, N4BiasField, RigidRegis
 from bids_harmony.interfaces.bids import WritePreprocessed
 from bids_harmony.interfaces.image import Conform, ScaleIntensity
 from bids_harmony.interfaces.mask import SelectBrainMask
-from bids_harmony.workflows.settings import Place, Preprocessing, own_mask
+from bids_harmony.workflows.settings import Place, Preprocessing, given_files
 
 PREPROCESSED = (
     "conformed_file", "conform_notes", "checksum", "conform_seconds",
@@ -66,7 +66,7 @@ def init_preprocess_wf(
             out_dir=str(place.out_dir),
             template=prep.template,
             fingerprint=prep.fingerprint,
-            given=not own_mask(given, place.out_dir),
+            given=given_files(given, place.out_dir).get("mask", ""),
         ),
         name="write_preprocessed",
         mem_gb=0.3,

@@ -13,7 +13,7 @@ from bids_harmony.bids.names import derivative_path, fragment_path, sidecar_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.tissues import tissue_label, tissue_paths
-from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing
+from bids_harmony.workflows.settings import EARLIER_RUN, Place, Preprocessing, given_files
 
 
 def find_given(
@@ -22,12 +22,10 @@ def find_given(
     """Mask and transform from the user's derivatives, else from an earlier run of ours.
 
     An earlier run counts only with the same settings and the same raw file; its transform and
-    its bias field only with its mask. Without ``--derivatives`` a mask is never taken over a
-    forced brain extraction.
+    its bias field only with the mask that they were made with, its own or the user's. Without
+    ``--derivatives`` a mask is never taken over a forced brain extraction.
     """
     given = find_precomputed(scan, folders, prep.template) if folders else Precomputed()
-    if given.mask and given.to_template:
-        return given
     mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
     transform = derivative_path(
         out_dir, scan, from_=scan.suffix, to=prep.template, extension=".txt"
@@ -35,13 +33,14 @@ def find_given(
     bias = derivative_path(out_dir, scan, desc="n4", suffix="biasfield")
     sources, doubts = dict(given.sources), []
     mask_file, transform_file = given.mask, given.to_template
-    words = _own(mask, scan, prep)
-    if mask_file is None and words is not None and not words.get("Given"):
+    theirs = given_files(given, out_dir).get("mask", "")
+    words = _own(mask, scan, prep, theirs)
+    if mask_file is None and words is not None:
         mask_file, sources["mask"] = mask, words["Description"]
         doubts = words.get("Warnings", [])
-    if transform_file is None and mask_file == mask and _own(transform, scan, prep) is not None:
+    if words is not None and transform_file is None and _own(transform, scan, prep, theirs):
         transform_file, sources["to_template"] = transform, EARLIER_RUN
-    again = prep.bias_field and mask_file == mask and _own(bias, scan, prep) is not None
+    again = words is not None and prep.bias_field and _own(bias, scan, prep, theirs)
     return replace(
         given,
         mask=mask_file,
@@ -52,20 +51,21 @@ def find_given(
     )
 
 
-def _own(path: Path, scan: Scan, prep: Preprocessing) -> dict[str, Any] | None:
-    """Sidecar of our own derivative when it may be used again."""
+def _own(path: Path, scan: Scan, prep: Preprocessing, given: str) -> dict[str, Any] | None:
+    """Sidecar of our own derivative when it may be used again, with the user's mask if any."""
     words = _read(sidecar_path(path))
     if words is None or not path.is_file():
         return None
     made = words.get("Preprocessing", {})
     wanted = {**prep.fingerprint, "InputSHA256": checksum_of(scan)}
-    return words if made == wanted else None
+    return words if made == wanted and (words.get("Given") or "") == given else None
 
 
-def is_preprocessed(scan: Scan, prep: Preprocessing, out_dir: Path) -> bool:
+def is_preprocessed(scan: Scan, prep: Preprocessing, out_dir: Path, given: Precomputed) -> bool:
     """Whether an earlier run left the brain mask (which is written last) of this file."""
     mask = derivative_path(out_dir, scan, desc="brain", suffix="mask")
-    return _own(mask, scan, prep) is not None
+    theirs = given_files(given, out_dir).get("mask", "")
+    return _own(mask, scan, prep, theirs) is not None
 
 
 def checksum_of(scan: Scan) -> str:
