@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def main() -> None:
     models = need(work / "by-example" / "out" / "models")
     folder = work / "example-seconds"
     if not (folder / "bids").is_dir():
-        write_phantom(folder / "bids", subjects=1, first=_PERSON, sites=(FAR,))
+        shutil.rmtree(folder / "draft", ignore_errors=True)
+        write_phantom(folder / "draft", subjects=1, first=_PERSON, sites=(FAR,))
+        (folder / "draft").rename(folder / "bids")
     before, _ = run(folder, options.threads, "--level", "minimal")
     lines = [f"- threads: {options.threads}, median of {options.repeats}", ""]
     base = 0.0

@@ -97,6 +97,15 @@ def test_sessions_that_lack_something_are_left_out(caplog):
         whole_sessions("x", [replace(v, labels=None) for v in VOLUMES])
     with pytest.raises(ScanError, match="two sites or more"):
         whole_sessions("x", VOLUMES[:6])
+    whole_sessions("x", VOLUMES, frozenset({VOLUMES[0].name}))
+    with pytest.raises(ScanError, match="no session of the reference's site has T1w and T2w"):
+        whole_sessions("x", VOLUMES, frozenset({"a scan of another site"}))
+
+
+def test_a_labelled_scan_comes_before_one_without():
+    second = replace(VOLUMES[0], name="run-2")
+    volumes = [replace(VOLUMES[0], labels=None), *VOLUMES[1:], second]
+    assert whole_sessions("x", volumes) == {"T1w-T2w": [12, *range(1, 12)]}
 
 
 def test_networks_see_both_modalities(fitted, tmp_path):
@@ -203,7 +212,8 @@ def test_from_pairs_to_pairs(cohort):
         assert image.shape == raw.shape
         assert np.isfinite(image).all()
     one, two = (load(anat / f"sub-05_desc-deepnormalize{m}_dseg.nii.gz")[0] for m in ("", "T2w"))
-    assert (one == two).mean() > 0.99
+    brain = load(made.path("05"))[0] > 0
+    assert (one == two)[brain].mean() > 0.99
     record = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
     assert record["Together"]["T2w"].startswith("sub-05_T2w (sha256 ")
     again = call(made.root, out, *scan)
@@ -214,6 +224,21 @@ def test_from_pairs_to_pairs(cohort):
     changed.to_filename(made.path("05", "T2w"))
     again = call(made.root, out, *scan, "--modality", "T1w")
     assert "sub-05_T1w: harmonized" in again.line("sub-05_T1w"), "the other scan is another now"
+    renewed = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
+    assert renewed["Together"] != record["Together"]
+
+
+def test_sessions_that_are_not_whole_are_refused_before_the_training(cohort):
+    made, folder = cohort
+    options = quick(folder / "work", folder / "theirs")
+    learn = ["train", "--method", "deepnormalize", "--reference", "A", "--modality", *PAIR]
+    learn += ["--participant-label", "01", "02", "03", "04", "06", *options]
+    ran = call(made.root, folder / "more", *learn, "--method-option", "together=1")
+    assert ran.code == 65, ran.out + ran.err
+    assert "refused: " in ran.line("sub-06_T1w")
+    assert "the session has no T2w of the same site" in ran.line("sub-06_T1w")
+    meta = load_bundle(folder / "more" / "models" / "deepnormalize-A").meta
+    assert meta["training_subjects"] == ["01", "02", "03", "04"]
 
 
 def test_a_scan_whose_other_is_broken_is_told(cohort):
@@ -222,8 +247,7 @@ def test_a_scan_whose_other_is_broken_is_told(cohort):
     options = quick(folder / "work", folder / "theirs")
     made.path("05", "T2w").write_bytes(b"no image")
     ran = call(made.root, out, "participant", "--participant-label", "05", "01", *options)
-    assert "sub-05_T1w.nii.gz: harmonized together with sub-05_T2w, of which: " in ran.line(
-        "sub-05_T1w"
-    )
-    assert "harmonized" in ran.line("sub-01_T1w"), "the others go on"
+    told = ran.line("sub-05_T1w")
+    assert "sub-05_T1w.nii.gz: to go together with sub-05_T2w, of which: " in told
+    assert "sub-01_T1w: harmonized in" in ran.line("sub-01_T1w"), "the others go on"
     assert ran.code == 65

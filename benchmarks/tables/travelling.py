@@ -187,10 +187,10 @@ class Travelling(Table):
 
 def _join(more: Path, root: Path) -> None:
     """Move the subjects of one phantom into another."""
-    for below in (Path(), TRUTH):
-        for path in sorted((more / below).glob("sub-*")):
-            path.rename(root / below / path.name)
+    for below in (TRUTH, Path()):  # raw subjects last: then all is there
         name = below / "participants.tsv"
         rows = (root / name).read_text().splitlines()
         rows += [row for row in (more / name).read_text().splitlines() if row not in rows]
         atomic_write_text(root / name, "\n".join(rows) + "\n")
+        for path in sorted((more / below).glob("sub-*")):
+            path.rename(root / below / path.name)

@@ -210,8 +210,9 @@ def _together(
         if outcome.status == "preprocessed":
             LOG.log(PROGRESS, "%s: preprocessed, for its session", outcome.stem)
 
-    rest = [scan for scan in scans if scan.stem in others]
-    made, failed = store_others(rest, others, target, job, tell)
+    target = replace(target, others=others)
+    _, todo, _ = split_done([scan for scan in scans if scan.stem in others], target, job)
+    made, failed = store_others(todo, target, job, tell)
     return replace(target, others=made), lost + failed
 
 
@@ -222,8 +223,8 @@ def _others(
     if not target.contract.together or not scans:
         return {}, []
     people = sorted({scan.subject for scan in scans})
-    pool, _ = context.find(target.contract.modalities, people, plain=True)
-    return find_others(scans, pool, target, job)
+    pool, problems = context.find(target.contract.modalities, people)
+    return find_others(scans, pool, problems, target, job)
 
 
 def _adapting(context: Context, target: Target, job: Job) -> Adapting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -28,7 +27,6 @@ from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.fit import Plan
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
-LOG = logging.getLogger("bids_harmony")
 _GRID = "MNI152NLin2009aSym"
 _IN_COMMON = 0.9  # of a brain that must be brain in its session's other scans, or is warned of
 _TOO_BRIGHT = 0.01  # of the brain above what the generator can draw: worth a warning
@@ -38,7 +36,7 @@ _CPU = Preset(
     widths=(8, 16, 32),
     side=32,
     batch=6,
-    plan=Plan(2400, 2e-3, every=100, patience=12, half=False, weight_decay=1e-5),
+    plan=Plan(600, 2e-3, every=60, patience=10, half=False, weight_decay=1e-5),
     judge_rate=5e-4,
 )
 _PAPER = Preset(
@@ -125,7 +123,9 @@ class DeepNormalize(ByModality[Part]):
             )
 
         if together:
-            return cls._learned(volumes, whole_sessions(cls.name, volumes), training, learn)
+            return cls._learned(
+                volumes, whole_sessions(cls.name, volumes, training.wanted), training, learn
+            )
         groups = learnable(
             cls.name,
             volumes,
@@ -182,7 +182,7 @@ class DeepNormalize(ByModality[Part]):
         inside = mask.numpy()
         brain = np.asarray(volume.mask, dtype=bool)
         # what is brain in this scan alone stays as it is
-        before = np.where(brain, volume.data, 0).astype(np.float32)
+        before = np.where(brain, np.maximum(volume.data, 0), 0).astype(np.float32)
         data = np.where(inside, normalized[own], before)
         bright = float((images[own].numpy()[inside] > BRIGHTEST).mean())
         if bright > _TOO_BRIGHT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -34,7 +33,6 @@ from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
 from bids_harmony.training.fit import Plan
 
-LOG = logging.getLogger("bids_harmony")
 _GRID = "MNI152NLin2009aSym"
 _BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful
 _UNLEARNED = 0.7  # error of held-out scans above which the network has learned too little

@@ -47,16 +47,28 @@ def session_of(volume: Volume, modalities: Sequence[str], method: str) -> list[V
     return [there[m] for m in modalities]
 
 
-def whole_sessions(method: str, volumes: Sequence[Volume]) -> dict[str, list[int]]:
+def whole_sessions(
+    method: str, volumes: Sequence[Volume], wanted: frozenset[str] = frozenset()
+) -> dict[str, list[int]]:
     """Indices of the volumes of sessions that have every modality, and labels.
 
     They stand under the names of the modalities, such as ``T1w-T2w``. Other sessions are left
-    out, and a session's second scan of a modality is, with a warning in the log.
+    out, and a session's second scan of a modality is, with a warning in the log. Scans with
+    labels come first.
+
+    Parameters
+    ----------
+    method
+        For messages.
+    wanted
+        Names of the scans of the reference's site, of which one must be among them; empty for
+        none.
 
     Raises
     ------
     ScanError
-        If there is one modality only, no such session, or too few sites or subjects have one.
+        If there is one modality only, no such session, none of the reference's, or too few sites
+        or subjects have one.
     """
     sessions = by_session(volumes)
     modalities = sorted({m for scans in sessions.values() for m in scans})
@@ -69,13 +81,17 @@ def whole_sessions(method: str, volumes: Sequence[Volume]) -> dict[str, list[int
     people = []
     for (site, subject, label), scans in sessions.items():
         words = f"subject {subject}, session {label or 'without name'}, site {site}"
-        first = [scans[m][0] for m in modalities if m in scans]
+        first = [
+            min(scans[m], key=lambda i: volumes[i].labels is None)
+            for m in modalities
+            if m in scans
+        ]
         if len(first) < len(modalities):
             LOG.warning("left out of the training: %s: not all of %s", words, modalities)
         elif all(volumes[i].labels is None for i in first):
             LOG.warning("left out of the training: %s: no tissue labels", words)
         else:
-            for index in (i for indices in scans.values() for i in indices[1:]):
+            for index in sorted({i for indices in scans.values() for i in indices} - {*first}):
                 LOG.warning("left out of the training: %s: a second scan", volumes[index].name)
             chosen += first
             people.append((site, subject))
@@ -83,6 +99,11 @@ def whole_sessions(method: str, volumes: Sequence[Volume]) -> dict[str, list[int
         raise ScanError(
             f"{method} with together=1: no session has {' and '.join(modalities)} and tissue "
             "labels; check --modality and --derivatives"
+        )
+    if wanted and not any(volumes[i].name in wanted for i in chosen):
+        raise ScanError(
+            f"{method} with together=1: no session of the reference's site has "
+            f"{' and '.join(modalities)}; choose another --reference"
         )
     held_out_subjects(people)
     return {"-".join(modalities): chosen}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -36,7 +35,6 @@ from bids_harmony.training.translation import (
     style_loss,
 )
 
-LOG = logging.getLogger("bids_harmony")
 _CHECKS = 8
 _SLICES = 12  # across each axis, of which the style is the mean
 

@@ -2,101 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.scan import UNKNOWN_SITE, Scan, ScanProblem
 from bids_harmony.errors import ExitCode
-from bids_harmony.workflows.cohort import Outcome
+from bids_harmony.workflows.cohort import NOT_RUN, Outcome
 from bids_harmony.workflows.reuse import checksum_of, find_given
 from bids_harmony.workflows.settings import Job, Other, Target, given_files
 from bids_harmony.workflows.volumes import store_volumes
 
-Others = Mapping[str, Mapping[str, Other]]
-
 
 def find_others(
-    scans: Sequence[Scan], pool: Sequence[Scan], target: Target, job: Job
+    scans: Sequence[Scan],
+    pool: Sequence[Scan],
+    problems: Sequence[ScanProblem],
+    target: Target,
+    job: Job,
 ) -> tuple[dict[str, dict[str, Other]], list[Outcome]]:
     """The other modalities of each scan's session: the first of each, by path.
 
     Parameters
     ----------
-    pool
-        All scans of the participants, of all modalities of the contract.
+    pool, problems
+        All scans of the participants, of all modalities of the contract, and those of them that
+        cannot be used.
 
     Returns
     -------
     others, refused
         By stem and modality; scans whose session lacks a modality.
     """
-    first: dict[tuple[str, str | None, str], dict[str, Scan]] = {}
-    for scan in sorted(pool, key=lambda s: s.path):
-        first.setdefault(_session(scan), {}).setdefault(scan.suffix, scan)
     others: dict[str, dict[str, Other]] = {}
     refused = []
     for scan in scans:
-        there = first.get(_session(scan), {})
         needed = [m for m in target.contract.modalities if m != scan.suffix]
-        missing = [m for m in needed if m not in there]
+        found = {m: _first(scan, m, pool) for m in needed}
+        missing = [m for m, other in found.items() if other is None]
         if missing:
             message = (
-                f"{scan.path}: model {target.name} harmonizes {' and '.join(sorted(needed))} "
-                f"together with {scan.suffix}, and the session has no {' and no '.join(missing)}; "
-                f"train {target.method} on {scan.suffix} alone"
+                f"{scan.path}: model {target.name} harmonizes {' and '.join(needed)} together "
+                f"with {scan.suffix}, and {_why(scan, missing[0], pool, problems)}"
             )
-            refused.append(_lost(scan, message))
+            refused.append(Outcome(scan.stem, scan.subject, "refused", message, ExitCode.DATA))
             continue
-        others[scan.stem] = {m: Other(there[m], _made_of(there[m], job)) for m in needed}
+        others[scan.stem] = {
+            m: Other(other, _made_of(other, job)) for m, other in found.items() if other
+        }
     return others, refused
 
 
 def store_others(
-    scans: Sequence[Scan],
-    others: Others,
-    target: Target,
-    job: Job,
-    on_outcome: Callable[[Outcome], None],
+    scans: Sequence[Scan], target: Target, job: Job, on_outcome: Callable[[Outcome], None]
 ) -> tuple[dict[str, dict[str, Other]], list[Outcome]]:
-    """Preprocess the others onto the model's grid.
+    """Preprocess what some scans are harmonized together with onto the model's grid.
 
     Returns
     -------
     others, lost
-        With the paths of their volumes; scans whose others could not be preprocessed.
+        `target.others`, with the paths of these scans' volumes; scans whose others could not be
+        preprocessed.
     """
-    wanted = {o.scan.stem: o.scan for by_modality in others.values() for o in by_modality.values()}
-    contract = replace(target.contract, labels=False)
+    made = {stem: dict(others) for stem, others in target.others.items()}
+    wanted = {o.scan.stem: o.scan for scan in scans for o in made[scan.stem].values()}
+    contract = replace(target.contract, labels=False, together=False)
     stems, outcomes = store_volumes(
         list(wanted.values()), contract, target.grid_file, job, on_outcome
     )
     places = {stem.name: stem for stem in stems}
-    why = {outcome.stem: outcome for outcome in outcomes}
-    made: dict[str, dict[str, Other]] = {}
+    why = {o.stem: o for o in outcomes if o.exit_code != ExitCode.OK}
     lost = []
     for scan in scans:
-        mine = others[scan.stem]
-        gone = [o.scan.stem for o in mine.values() if o.scan.stem not in places]
-        if gone:
-            outcome = why[gone[0]]
-            message = f"{scan.path}: harmonized together with {gone[0]}, of which: "
-            lost.append(_lost(scan, message + outcome.message, outcome))
+        mine = made[scan.stem]
+        gone = [o.scan for o in mine.values() if o.scan.stem not in places]
+        if not gone:
+            made[scan.stem] = {m: replace(o, stem=places[o.scan.stem]) for m, o in mine.items()}
             continue
-        made[scan.stem] = {m: replace(o, stem=places[o.scan.stem]) for m, o in mine.items()}
+        unknown = Outcome(gone[0].stem, scan.subject, "failed", NOT_RUN, ExitCode.FAILURE)
+        cause = why.get(gone[0].stem, unknown)
+        message = f"{scan.path}: to go together with {gone[0].stem}, of which: {cause.message}"
+        lost.append(replace(cause, stem=scan.stem, subject=scan.subject, message=message))
     return made, lost
 
 
-def _lost(scan: Scan, message: str, cause: Outcome | None = None) -> Outcome:
-    if cause is None:
-        return Outcome(scan.stem, scan.subject, "refused", message, ExitCode.DATA)
-    return replace(cause, stem=scan.stem, subject=scan.subject, message=message)
+def _first(scan: Scan, modality: str, pool: Sequence[Scan]) -> Scan | None:
+    """First scan of a modality of the same session, if its site is not another one."""
+    fitting = [
+        other
+        for other in pool
+        if other.suffix == modality
+        and (other.subject, other.session) == (scan.subject, scan.session)
+        and (other.site == scan.site or UNKNOWN_SITE in (other.site, scan.site))
+    ]
+    return min(fitting, key=lambda other: other.path, default=None)
 
 
-def _session(scan: Scan) -> tuple[str, str | None, str]:
-    return scan.subject, scan.session, scan.site
+def _why(scan: Scan, modality: str, pool: Sequence[Scan], problems: Sequence[ScanProblem]) -> str:
+    """Why a scan's session lacks a modality."""
+    for problem in problems:
+        if problem.subject == scan.subject and f"_{modality}." in problem.path.name:
+            return f"its {modality} cannot be used: {problem.message}"
+    for other in pool:
+        same = (other.subject, other.session) == (scan.subject, scan.session)
+        if same and other.suffix == modality:
+            return f"the session's {modality} is of another site ({other.site}, not {scan.site})"
+    return f"the session has no {modality}; use a model that was trained on {scan.suffix} alone"
 
 
 def _made_of(scan: Scan, job: Job) -> str:
+    """What decides the voxels of a scan on the model's grid, in words."""
     given = find_given(scan, job.folders, job.prep, job.place.out_dir)
     theirs = given_files(given, job.place.out_dir)
     words = [f"{scan.stem} (sha256 {checksum_of(scan)[:12]})"]

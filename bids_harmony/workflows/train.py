@@ -129,7 +129,10 @@ def fit_reference(
     modalities = sorted({s.suffix for s in scans})
     contract = contract_while_fitting(kind, modalities, fit.training)
     stems, outcomes = preprocessed(scans, contract, fit.grid_file, job, on_outcome)
-    volumes, wanted = StoredVolumes(stems), reference_volumes(scans, stems, fit.reference)
+    wanted = reference_volumes(scans, stems, fit.reference)
+    if not (issubclass(kind, NeuralMethod) and kind.by_example):
+        stems = in_reference_modalities(stems, wanted)
+    volumes = StoredVolumes(stems)
     meta = {**reference_meta(wanted, fit, job.prep), **seen_meta(volumes), "seed": job.prep.seed}
     folder = job.place.out_dir / "models" / fit.name
     if not issubclass(kind, NeuralMethod):
@@ -146,9 +149,9 @@ def fit_reference(
                 model = model.towards(wanted, seed=job.prep.seed)
             if kind.common:
                 model.place_on(training.device, training.threads)
-                meta |= common_meta(
-                    model, VolumesInSessions(wanted, volumes), volumes, fit, job.prep
-                )
+                together = model.contract.together
+                shown_by = VolumesInSessions(wanted, volumes) if together else wanted
+                meta |= common_meta(model, shown_by, volumes, fit, job.prep)
         meta["scores"] |= model.scores()
         meta["training"] = {
             "preset": training.preset,
@@ -221,6 +224,15 @@ def reference_volumes(
     if not wanted:
         raise UsageError(f"--reference {reference}: none of its {len(chosen)} scans can be used")
     return StoredVolumes(wanted)
+
+
+def in_reference_modalities(stems: Sequence[Path], wanted: StoredVolumes) -> list[Path]:
+    """Stored volumes of the reference's modalities; the model would have no unit for others."""
+    known = {facts["modality"] for facts in wanted.facts}
+    modality = dict(zip(stems, (f["modality"] for f in StoredVolumes(stems).facts), strict=True))
+    for other in sorted(set(modality.values()) - known):
+        LOG.warning("left out of the training: %s: the reference has none", other)
+    return [stem for stem in stems if modality[stem] in known]
 
 
 @contextmanager

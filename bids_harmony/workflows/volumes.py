@@ -57,8 +57,8 @@ def store_volumes(
     folder = job.place.work_dir / "volumes" / label
     folder.mkdir(parents=True, exist_ok=True)
     labels, refused = _labels(scans, job) if contract.labels else ({}, [])
-    if contract.together:  # the labels of one of a session's scans will do
-        refused = []
+    if contract.together:
+        refused = _not_whole(scans, contract, labels)
     for outcome in refused:
         on_outcome(outcome)
     lost = {outcome.stem for outcome in refused}
@@ -108,6 +108,31 @@ def _labels(scans: Sequence[Scan], job: Job) -> tuple[dict[str, TissueLabels], l
         message = f"{scan.path}: no tissue labels to learn from: {why}"
         refused.append(Outcome(scan.stem, scan.subject, "refused", message, ExitCode.DATA))
     return found, refused
+
+
+def _not_whole(
+    scans: Sequence[Scan], contract: Contract, labels: Mapping[str, TissueLabels]
+) -> list[Outcome]:
+    """A refusal of each scan whose session lacks a modality, or labels of any of its scans."""
+    sessions: dict[tuple[str, str | None, str], list[Scan]] = {}
+    for scan in scans:
+        sessions.setdefault((scan.subject, scan.session, scan.site), []).append(scan)
+    refused = []
+    for found in sessions.values():
+        there = {scan.suffix for scan in found}
+        missing = [m for m in contract.modalities if m not in there]
+        why = f"the session has no {' and no '.join(missing)} of the same site" if missing else ""
+        if contract.labels and not any(scan.stem in labels for scan in found):
+            why = (
+                why
+                or "no scan of the session has tissue labels; name derivatives with --derivatives"
+            )
+        refused += [
+            Outcome(s.stem, s.subject, "refused", f"{s.path}: {why}", ExitCode.DATA)
+            for s in found
+            if why
+        ]
+    return refused
 
 
 def _labels_key(labels: TissueLabels) -> dict[str, Any]:
