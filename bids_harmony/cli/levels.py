@@ -39,7 +39,7 @@ from bids_harmony.workflows.adapt import (
 )
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.models import named_bundle
-from bids_harmony.workflows.participant import harmonize_scans, split_done
+from bids_harmony.workflows.participant import forget_sections, harmonize_scans, split_done
 from bids_harmony.workflows.settings import Job, Other, Target
 from bids_harmony.workflows.together import find_others, store_others
 
@@ -160,6 +160,7 @@ def _harmonize(
             target, lost = prepare(context, todo, target, job)
             outcomes += lost
             stems = {outcome.stem for outcome in lost}
+            forget_sections([scan for scan in todo if scan.stem in stems], job)
             todo = [scan for scan in todo if scan.stem not in stems]
     progress = Progress(len(outcomes) + len(todo))
     try:

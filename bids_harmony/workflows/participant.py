@@ -42,6 +42,12 @@ def split_done(
     return given, todo, done
 
 
+def forget_sections(scans: Sequence[Scan], job: Job) -> None:
+    """Remove the report sections of earlier runs, whose settings are not this run's."""
+    for scan in scans:
+        fragment_path(job.place.out_dir, scan, job.place.desc).unlink(missing_ok=True)
+
+
 def harmonize_scans(
     scans: Sequence[Scan],
     target: Target | None,
@@ -54,8 +60,8 @@ def harmonize_scans(
     for outcome in outcomes:
         on_outcome(outcome)
 
-    for scan in todo if target is not None else ():  # a section of other settings is not theirs
-        fragment_path(job.place.out_dir, scan, job.place.desc).unlink(missing_ok=True)
+    if target is not None:
+        forget_sections(todo, job)
 
     def build(scan: Scan) -> Workflow:
         return init_scan_wf(
