@@ -78,24 +78,25 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_segmentation_loss_is_equation_1():
+def test_segmentation_loss_is_the_weighted_dice_of_each_class():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(2, 4, 5, 6, 7))
     share = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     labels = rng.integers(0, 4, (2, 5, 6, 7))
-    above, below = 0.0, 0.0
+    expected = 0.0
     for number, weight in enumerate((0.22, 0.30, 0.20, 0.28)):  # background, CSF, GM, WM
         truth = labels == number
-        above += weight * (share[:, number] * truth).sum()
-        below += weight * (share[:, number].sum() + truth.sum())
+        shared, total = (share[:, number] * truth).sum(), share[:, number].sum() + truth.sum()
+        expected += weight * (1 + 2 * shared) / (1 + total)
     found = segmentation_loss(torch.from_numpy(np.log(share)).float(), torch.from_numpy(labels))
-    assert float(found) == pytest.approx(1 - (1 + 2 * above) / (1 + below), abs=1e-5)
+    assert float(found) == pytest.approx(1 - expected, abs=1e-5)
     assert WEIGHTS == (0.22, 0.30, 0.20, 0.28)
     perfect = torch.full((1, 4, 2, 2, 2), -30.0)
     perfect[:, 3] = 0
     whole = torch.full((1, 2, 2, 2), 3)
     assert float(segmentation_loss(perfect, whole)) == pytest.approx(0, abs=1e-6)
-    assert float(segmentation_loss(perfect, whole - 1)) > 0.7
+    wrong = 0.20 * 8 / 9 + 0.28 * 8 / 9  # grey and white matter; nothing is wrong with the others
+    assert float(segmentation_loss(perfect, whole - 1)) == pytest.approx(wrong, abs=1e-5)
 
 
 def test_deception_is_least_where_all_sites_are_as_likely():

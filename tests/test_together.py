@@ -251,6 +251,6 @@ def test_a_scan_whose_other_is_broken_is_told(cohort):
     assert "sub-05_T1w.nii.gz: to go together with sub-05_T2w, of which: " in told
     page = (out / "sub-05.html").read_text()
     assert page.count("Refused: this scan was not harmonized") == 2
-    assert "</span> harmonized</span>" not in page, "nothing of an earlier run stands beside the refusal"
+    assert "</span> harmonized</span>" not in page, "a section of an earlier run is left"
     assert "sub-01_T1w: harmonized in" in ran.line("sub-01_T1w"), "the others go on"
     assert ran.code == 65

@@ -36,7 +36,7 @@ _CPU = Preset(
     widths=(8, 16, 32),
     side=32,
     batch=6,
-    plan=Plan(600, 2e-3, every=60, patience=10, half=False, weight_decay=1e-5),
+    plan=Plan(1200, 2e-3, every=100, patience=10, half=False, weight_decay=1e-5),
     judge_rate=5e-4,
 )
 _PAPER = Preset(

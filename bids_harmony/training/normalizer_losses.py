@@ -1,4 +1,4 @@
-"""What the networks of deepNormalize minimise (Delisle et al. 2021, equations 1 to 3)."""
+"""What the networks of deepNormalize minimise, after Delisle et al. (2021), equations 1 to 3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _BINS = 64
 
 
 def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
-    """1 - weighted Dice (equation 1).
+    """1 - weighted mean of the classes' Dice.
+
+    The paper pools all classes into one fraction (equation 1). A class that is never found then
+    costs its few voxels only, and fluid was lost in trainings with a discriminator; here it costs
+    the class's whole Dice. Without labels of a class nothing of it shall be found.
 
     Parameters
     ----------
@@ -30,9 +34,10 @@ def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
     weights = torch.tensor(WEIGHTS, device=found.device)
     probability = found.exp().movedim(1, 0).flatten(1)
     truth = functional.one_hot(labels, CLASSES).movedim(-1, 0).flatten(1).to(probability.dtype)
-    shared = (weights * (probability * truth).sum(1)).sum()
-    total = (weights * (probability.sum(1) + truth.sum(1))).sum()
-    return 1 - (_LEAST + 2 * shared) / (_LEAST + total)
+    shared = (probability * truth).sum(1)
+    total = probability.sum(1) + truth.sum(1)
+    dice = (_LEAST + 2 * shared) / (_LEAST + total)
+    return 1 - (weights * dice).sum() / weights.sum()
 
 
 def discriminator_loss(networks: NormalizerNetworks, batch: TissueBatch) -> Tensor:
