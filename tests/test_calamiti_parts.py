@@ -187,10 +187,10 @@ def test_the_discriminator_joins_when_anatomy_is_learned():
         )
     rest = {"beta", "theta", "decoder"}
     assert found == [rest, rest, {"discriminator"}]
-    again = net.CalamitiNetworks.from_config(networks.config())
+    again = CalamitiNetworks.from_config(networks.config())
     assert again.alone == 2
     older = {k: v for k, v in networks.config().items() if k != "alone"}
-    assert net.CalamitiNetworks.from_config(older).alone == 0
+    assert CalamitiNetworks.from_config(older).alone == 0
 
 
 def test_a_resumed_training_goes_on_with_its_temperature(tmp_path):
