@@ -175,24 +175,6 @@ def test_each_step_trains_the_discriminator_or_the_rest():
     assert int(networks.state_dict()["steps"]) == 2
 
 
-def test_the_discriminator_joins_when_anatomy_is_learned():
-    networks = small()
-    networks.alone = 2
-    found = []
-    for _ in range(3):
-        networks.zero_grad(set_to_none=True)
-        losses.calamiti_loss(networks, batch_of(True), GENERATOR).backward()
-        found.append(
-            {n.split(".")[0] for n, p in networks.named_parameters() if p.grad is not None}
-        )
-    rest = {"beta", "theta", "decoder"}
-    assert found == [rest, rest, {"discriminator"}]
-    again = CalamitiNetworks.from_config(networks.config())
-    assert again.alone == 2
-    older = {k: v for k, v in networks.config().items() if k != "alone"}
-    assert CalamitiNetworks.from_config(older).alone == 0
-
-
 def test_a_resumed_training_goes_on_with_its_temperature(tmp_path):
     """The counter of steps is in the checkpoint: the end is that of an uninterrupted training."""
     drawer = PairDrawer([coded()], side=24, count=1, first="b")

@@ -60,15 +60,15 @@ _MANY = 0.01  # voxels at the bound that are worth a warning
 _CPU = Preset(
     resolution=2.0,
     batch=4,
-    networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4, "alone": 1500},
-    plan=Plan(4500, 2e-3, every=250, patience=10),
+    networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4},
+    plan=Plan(5000, 2e-3, every=250, patience=10),
     fusion_plan=Plan(400, 2e-3, every=50),
     adaptation_plan=Plan(800, 5e-4, every=50),
 )
 _PAPER = Preset(
     resolution=1.0,
     batch=8,
-    networks={"beta_base": 8, "decoder_base": 16, "levels": 4, "decay": 2e-4, "alone": 10_000},
+    networks={"beta_base": 8, "decoder_base": 16, "levels": 4, "decay": 2e-4},
     plan=Plan(60_000, 4e-4, every=1000, patience=20),
     fusion_plan=Plan(2000, 1e-3, every=100),
     adaptation_plan=Plan(6000, 1e-4, every=200),

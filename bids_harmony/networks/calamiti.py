@@ -122,8 +122,6 @@ class CalamitiNetworks(nn.Module):
         Whether there is one.
     decay
         Of the Gumbel temperature with every step.
-    alone
-        Steps of the training before the discriminator joins it.
     """
 
     steps: Tensor
@@ -135,11 +133,10 @@ class CalamitiNetworks(nn.Module):
         levels: int = 4,
         discriminator: bool = True,
         decay: float = 2e-4,
-        alone: int = 0,
     ) -> None:
         super().__init__()
         self.beta_base, self.decoder_base, self.levels = beta_base, decoder_base, levels
-        self.decay, self.alone = decay, alone
+        self.decay = decay
         self.beta = SliceUNet(1, BETAS, beta_base, levels, norm=True)
         self.theta = ThetaEncoder()
         self.decoder = SliceUNet(BETAS + THETAS, 1, decoder_base, levels, norm=False)
@@ -159,7 +156,6 @@ class CalamitiNetworks(nn.Module):
             "levels": self.levels,
             "discriminator": self.discriminator is not None,
             "decay": self.decay,
-            "alone": self.alone,
         }
 
     @classmethod
@@ -167,7 +163,7 @@ class CalamitiNetworks(nn.Module):
         """Inverse of `config`."""
         return cls(
             int(config["beta_base"]), int(config["decoder_base"]), int(config["levels"]),
-            bool(config["discriminator"]), float(config["decay"]), int(config.get("alone", 0)),
+            bool(config["discriminator"]), float(config["decay"]),
         )  # fmt: skip
 
     def sampled_beta(self, x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

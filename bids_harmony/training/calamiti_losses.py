@@ -36,10 +36,10 @@ def calamiti_loss(
 
     In a `judging` step the discriminator learns to tell the first site's beta, and nothing else
     gets a gradient. In the others it stays as it is and is to take every beta for the first
-    site's. Before step `networks.alone` there is none: anatomy is learned first.
+    site's.
     """
     networks.steps += 1
-    judge = networks.discriminator if int(networks.steps) > networks.alone else None
+    judge = networks.discriminator
     if judge is not None:
         judge.requires_grad_(bool(batch.judging))
     count = len(batch.images)
