@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy import ndimage
 
@@ -51,6 +53,13 @@ def scan(seed, site="a", modality="T1w", *, noise=0.02, shape=SHAPE, lesion=None
         subject=f"{seed:02d}",
         session=session,
     )
+
+
+def labelled(seed, site="a", modality="T1w"):
+    """A scan with its known tissues: 1 fluid, 2 grey, 3 white matter."""
+    labels, mask = anatomy(seed)
+    tissues = np.where(mask, np.array([1, 2, 3], np.uint8)[labels], 0).astype(np.uint8)
+    return replace(scan(seed, site, modality), labels=tissues)
 
 
 def cohort(seeds_by_site, modalities=("T1w", "T2w"), **kwargs):

@@ -16,6 +16,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("monai")
 
 import contrast_brains  # noqa: E402
+from contrast_brains import labelled  # noqa: E402
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.imaging.tissues import TISSUES  # noqa: E402
@@ -61,14 +62,6 @@ from bids_harmony.training.tissue_cubes import (  # noqa: E402
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-def labelled(seed, site="a", modality="T1w"):
-    """A synthetic scan with its known tissues: 1 fluid, 2 grey, 3 white matter."""
-    volume = contrast_brains.scan(seed, site, modality)
-    labels, mask = contrast_brains.anatomy(seed)
-    tissues = np.where(mask, np.array([1, 2, 3], np.uint8)[labels], 0).astype(np.uint8)
-    return replace(volume, labels=tissues)
 
 
 VOLUMES = [labelled(seed, "a") for seed in (1, 2, 3)] + [labelled(seed, "b") for seed in (4, 5, 6)]

@@ -28,20 +28,13 @@ PAIR = ("T1w", "T2w")
 TOGETHER = Training(options={"lambda": 1.5, "together": 1.0})
 
 
-def labelled(seed, site, modality):
-    volume = contrast_brains.scan(seed, site, modality)
-    labels, mask = contrast_brains.anatomy(seed)
-    tissues = np.where(mask, np.array([1, 2, 3], np.uint8)[labels], 0).astype(np.uint8)
-    return replace(volume, labels=tissues)
-
-
 def people(seeds_by_site, modalities=PAIR):
     """Labels of the T1w alone, as they are in T1w space."""
     found = []
     for site, seeds in seeds_by_site.items():
         for seed in seeds:
             for modality in modalities:
-                scan = labelled(seed, site, modality)
+                scan = contrast_brains.labelled(seed, site, modality)
                 found.append(scan if modality == "T1w" else replace(scan, labels=None))
     return found
 

@@ -16,6 +16,12 @@ CSF, GREY_MATTER, WHITE_MATTER = 1, 2, 3
 TISSUES = {"CSF": CSF, "GM": GREY_MATTER, "WM": WHITE_MATTER}
 
 
+def check_one_grid(first: Labels, second: Labels) -> None:
+    """ScanError if two segmentations differ in shape."""
+    if first.shape != second.shape:
+        raise ScanError(f"segmentations of shape {first.shape} and {second.shape}; resample one")
+
+
 def dice(first: Labels, second: Labels, labels: Iterable[int]) -> dict[int, float]:
     """Dice overlap, 0..1, per label: twice the common voxels over the sum of both.
 
@@ -35,8 +41,7 @@ def dice(first: Labels, second: Labels, labels: Iterable[int]) -> dict[int, floa
     ScanError
         If the shapes differ.
     """
-    if first.shape != second.shape:
-        raise ScanError(f"segmentations of shape {first.shape} and {second.shape}; resample one")
+    check_one_grid(first, second)
     found = {}
     for label in labels:
         a, b = first == label, second == label

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from bids_harmony.errors import ScanError
+from bids_harmony.imaging.tissues import check_one_grid
 
 Labels = NDArray[Any]
 
@@ -88,8 +88,7 @@ def mean_hausdorff(
     ScanError
         If the shapes differ.
     """
-    if first.shape != second.shape:
-        raise ScanError(f"segmentations of shape {first.shape} and {second.shape}; resample one")
+    check_one_grid(first, second)
     found = {}
     for label in labels:
         pair = first == label, second == label
