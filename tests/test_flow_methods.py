@@ -13,9 +13,10 @@ pytest.importorskip("lightning")
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.imaging.tone import ToneCurve, composed  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
-from bids_harmony.methods.base import Adaptation, Chosen, NeuralMethod, Training  # noqa: E402
+from bids_harmony.methods.base import Adaptation, NeuralMethod, Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.flow_optimization import Weights  # noqa: E402
+from bids_harmony.methods.lazy_volumes import Chosen  # noqa: E402
 from bids_harmony.methods.likelihood import Normal  # noqa: E402
 from bids_harmony.methods.reference_brains import layout_of, split_by_subject  # noqa: E402
 from bids_harmony.training.fit import Plan  # noqa: E402

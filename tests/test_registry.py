@@ -11,6 +11,7 @@ from bids_harmony.errors import UsageError
 from bids_harmony.methods import registry
 from bids_harmony.methods.base import Volume
 from bids_harmony.methods.histogram_matching import HistogramMatching
+from bids_harmony.methods.options import MethodOption, options_for
 
 METHODS = sorted(registry.available())
 
@@ -141,7 +142,9 @@ def test_plugin_is_found_and_loaded(plugin):
         ({"card": CARD + "adapts = true\n"}, "only neural methods adapt"),
         ({"card": CARD + OPTION}, "only neural methods adapt to sites or have options"),
         ({"card": CARD + "options = 3\n"}, "options must be tables"),
-        ({"card": CARD + OPTION.replace("default = 1", "default = 3")}, "between minimum and"),
+        ({"card": CARD + OPTION.replace("default = 1", "default = 3")}, "in the range and on a"),
+        ({"card": CARD + OPTION + "step = 0.7\n"}, "in the range and on a"),
+        ({"card": CARD + OPTION + "step = -1\n"}, "no step below 0"),
         ({"card": CARD + OPTION.replace('"train"', '"group"')}, "level must be train or part"),
         ({"card": CARD + OPTION.replace("default = 1", 'default = "a"')}, "must be float, not"),
         ({"card": CARD + OPTION.replace("maximum", "most")}, "lacks or has too much"),
@@ -211,6 +214,15 @@ def test_an_option_of_another_level_is_told(plugin):
     plugin("odd_dist", card=card + OPTION.replace("train", "participant"), source=source)
     with pytest.raises(UsageError, match="presets or options; repair the card"):
         registry.load("fancy")
+
+
+def test_an_option_in_steps_takes_no_number_between():
+    option = MethodOption("speed", "train", 0.5, 0.2, 0.8, "how fast", step=0.3)
+    allowed = [v for v in (0.2, 0.3, 0.5, 0.51, 0.8, 1.1) if option.allows(v)]
+    assert allowed == [0.2, 0.5, 0.8]
+    assert options_for("fancy", [option], "train", ["speed=0.8"]) == {"speed": 0.8}
+    with pytest.raises(UsageError, match=r"from 0\.2 to 0\.8 in steps of 0\.3"):
+        options_for("fancy", [option], "train", ["speed=0.3"])
 
 
 def test_options_are_in_the_documentation():

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
 import nibabel as nb
 import numpy as np
@@ -24,9 +23,11 @@ from bids_harmony.interfaces.base import (
 from bids_harmony.interfaces.files import load, load_mask
 from bids_harmony.interfaces.tissues import labels_of
 from bids_harmony.methods.base import Volume
+from bids_harmony.methods.lazy_volumes import LazyVolumes
+from bids_harmony.methods.sessions import SessionKey, session_key
 
 
-class StoredVolumes(Sequence[Volume]):
+class StoredVolumes(LazyVolumes):
     """Volumes on disk, each read when it is asked for."""
 
     def __init__(self, stems: Sequence[Path]) -> None:
@@ -36,13 +37,8 @@ class StoredVolumes(Sequence[Volume]):
     def __len__(self) -> int:
         return len(self._stems)
 
-    @overload
-    def __getitem__(self, index: int) -> Volume: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
-    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
-        if isinstance(index, slice):
-            return StoredVolumes(self._stems[index])
+    def read(self, index: int) -> Volume:
+        """From its files."""
         stem, facts = self._stems[index], self.facts[index]
         data, affine = load(f"{stem}_scaled.nii")
         labels = load(f"{stem}_labels.nii")[0] if facts.get("labelled") else None
@@ -61,7 +57,7 @@ class StoredVolumes(Sequence[Volume]):
         )
 
 
-class VolumesInSessions(Sequence[Volume]):
+class VolumesInSessions(LazyVolumes):
     """Some volumes, each with the others of its session: the first of each other modality.
 
     Parameters
@@ -71,7 +67,7 @@ class VolumesInSessions(Sequence[Volume]):
     """
 
     def __init__(self, some: StoredVolumes, every: StoredVolumes) -> None:
-        first: dict[tuple[str, ...], dict[str, int]] = {}
+        first: dict[SessionKey, dict[str, int]] = {}
         for index, facts in enumerate(every.facts):
             first.setdefault(_session(facts), {}).setdefault(facts["modality"], index)
         self._some, self._every = some, every
@@ -83,19 +79,14 @@ class VolumesInSessions(Sequence[Volume]):
     def __len__(self) -> int:
         return len(self._some)
 
-    @overload
-    def __getitem__(self, index: int) -> Volume: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
-    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def read(self, index: int) -> Volume:
+        """With the others of its session."""
         others = {m: self._every[place] for m, place in self._others[index].items()}
         return replace(self._some[index], others=others)
 
 
-def _session(facts: Mapping[str, str]) -> tuple[str, ...]:
-    return facts["site"], facts["subject"] or facts["name"], facts["session"]
+def _session(facts: Mapping[str, str]) -> SessionKey:
+    return session_key(facts["site"], facts["subject"], facts["session"], facts["name"])
 
 
 class _StoreInput(BaseInterfaceInputSpec):

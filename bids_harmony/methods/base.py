@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, overload
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,25 +179,6 @@ class Method(ABC):
     @abstractmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Method:
         """Rebuild a fitted method from `arrays` and `params`."""
-
-
-class Chosen(Sequence[Volume]):
-    """Some of a cohort's volumes; each is read when it is asked for, and not kept."""
-
-    def __init__(self, volumes: Sequence[Volume], indices: Sequence[int]) -> None:
-        self._volumes, self._indices = volumes, tuple(indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Volume: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Volume]: ...
-    def __getitem__(self, index: int | slice) -> Volume | Sequence[Volume]:
-        if isinstance(index, slice):
-            return Chosen(self._volumes, self._indices[index])
-        return self._volumes[self._indices[index]]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
-from bids_harmony.methods.base import Chosen, NeuralMethod, Training, Volume
+from bids_harmony.methods.base import NeuralMethod, Training, Volume
+from bids_harmony.methods.lazy_volumes import Chosen
 from bids_harmony.methods.tone import arrays_below
 
 Arrays = Mapping[str, NDArray[Any]]

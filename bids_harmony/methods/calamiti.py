@@ -25,7 +25,6 @@ from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
-    Chosen,
     Contract,
     Harmonized,
     NeuralMethod,
@@ -46,6 +45,7 @@ from bids_harmony.methods.calamiti_drawing import (
 from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
 from bids_harmony.methods.calamiti_learned import Learned, Preset
 from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
+from bids_harmony.methods.lazy_volumes import Chosen
 from bids_harmony.methods.training_files import curves_csv, training_png
 from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.training.fit import Plan

@@ -123,15 +123,12 @@ def _session(scans: Sequence[Volume], resolution: float, words: str) -> Session 
 
 
 def split_sessions(sessions: Sequence[Session]) -> tuple[list[Session], list[Session]]:
-    """Sessions to learn from, and those of the subjects that are held out.
-
-    Of each site one subject in five, the last in alphabetical order; at least one overall. A
-    subject scanned at several sites is held out at all of them, and no site is emptied.
+    """Sessions to learn from, and those of the subjects that are held out (`held_out`).
 
     Raises
     ------
     ScanError
-        If there are fewer than two subjects, or nobody can be held out.
+        If nobody can be held out.
     """
     apart = held_out((session.site, session.subject) for session in sessions)
     if not apart:

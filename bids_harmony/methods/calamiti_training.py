@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,11 @@ from bids_harmony.methods.calamiti_drawing import (
 from bids_harmony.methods.calamiti_files import ThetaRow
 from bids_harmony.methods.calamiti_fusion import LEARNED, train_fusion
 from bids_harmony.methods.calamiti_learned import Learned, Preset, spread
+from bids_harmony.methods.training_files import run_facts
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.calamiti_losses import adaptation_loss, calamiti_loss, pair_error
 from bids_harmony.training.contrasts import PairBatch, PairDrawer, Session
-from bids_harmony.training.fit import Trained, train_network
+from bids_harmony.training.fit import train_network
 from bids_harmony.training.slices import canvas_size
 
 _CHECKED = 32  # pairs of the held-out score
@@ -93,7 +93,7 @@ def train_calamiti(
         "sessions": len(cohort.learn),
         "held_out_sessions": len(cohort.held_out),
         "left_out": list(cohort.left_out),
-        "networks": {name: _facts(run) for name, run in runs.items()},
+        "networks": {name: run_facts(run) for name, run in runs.items()},
     }
     networks.cpu()
     return Learned(networks, fusion, side, known, tuple(thetas), runs, scores)
@@ -227,7 +227,7 @@ def adapt_learned(
         new = [(r.theta1, r.theta2) for r in rows if r.modality == modality]
         known[modality] = replace(of, thetas=np.array([*of.thetas.tolist(), *new]))
     facts = {
-        **_facts(run),
+        **run_facts(run),
         "held_out_before": round(before, 5),
         "kept": "adapted encoders" if helped else "encoders as they were: the error did not fall",
         "sites": sorted({s.site for s in sessions}),
@@ -239,15 +239,6 @@ def adapt_learned(
         learned, networks=networks, fusion=deepcopy(learned.fusion), known=known, scores=scores,
         runs={"adaptation": run},
     )  # fmt: skip
-
-
-def _facts(run: Trained) -> dict[str, Any]:
-    return {
-        "steps": run.steps,
-        "rejected_steps": run.rejected,
-        "held_out": round(run.best, 5),
-        "stop_reason": run.stop_reason,
-    }
 
 
 def _discriminator_words(cohort: Cohort, wanted: bool) -> str:

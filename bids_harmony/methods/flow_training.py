@@ -20,7 +20,7 @@ from bids_harmony.methods.likelihood import Normal, bits_of_brain, normal_of, sm
 from bids_harmony.methods.reference_brains import layout_of, split_by_subject
 from bids_harmony.methods.tone import Brain, Tone, load_arrays, state_arrays
 from bids_harmony.methods.tone_fitting import fit_tone_model
-from bids_harmony.methods.training_files import curves_csv, samples_png, training_png
+from bids_harmony.methods.training_files import curves_csv, run_facts, samples_png, training_png
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.training.degrade import degrade_slabs
@@ -232,15 +232,7 @@ def _scores(
         "tone_error": {k: round(v, 5) for k, v in tone.items()},
         "held_out_bits_per_dimension": [round(b, 4) for b in bits[0]],
         "training_bits_per_dimension": [round(b, 4) for b in bits[1]],
-        **{
-            name: {
-                "steps": run.steps,
-                "rejected_steps": run.rejected,
-                "best_held_out": round(run.best, 5),
-                "stop_reason": run.stop_reason,
-            }
-            for name, run in runs.items()
-        },
+        **{name: run_facts(run) for name, run in runs.items()},
     }
 
 

@@ -56,10 +56,7 @@ def some_held_out(people: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def held_out_subjects(people: Sequence[tuple[str, str]]) -> set[str]:
-    """Subjects to hold out, from the (site, subject) of every scan.
-
-    Of each site one subject in five, the last in alphabetical order; at least one overall. A
-    subject scanned at several sites is held out at all of them, and no site is emptied.
+    """As `some_held_out`, from two sites or more.
 
     Raises
     ------

@@ -26,6 +26,8 @@ class MethodOption:
         Values; the range includes its ends.
     summary
         What it is, in words.
+    step
+        Values lie so far apart, from the minimum on; 0 for any number. A card may leave it out.
     """
 
     name: str
@@ -34,6 +36,20 @@ class MethodOption:
     minimum: float
     maximum: float
     summary: str
+    step: float = 0.0
+
+    def allows(self, value: float) -> bool:
+        """Whether it may have this value."""
+        if not self.minimum <= value <= self.maximum:
+            return False
+        steps = (value - self.minimum) / self.step if self.step else 0.0
+        return math.isclose(steps, round(steps), abs_tol=1e-6)
+
+    @property
+    def range(self) -> str:
+        """Allowed values in words."""
+        steps = f" in steps of {self.step:g}" if self.step else ""
+        return f"{self.minimum:g} to {self.maximum:g}{steps}"
 
 
 def read_options(tables: Sequence[Mapping[str, Any]], source: str) -> tuple[MethodOption, ...]:
@@ -42,15 +58,15 @@ def read_options(tables: Sequence[Mapping[str, Any]], source: str) -> tuple[Meth
     Raises
     ------
     UsageError
-        If a field is missing, unknown or of the wrong type, a level is unknown, a default lies
-        outside its range, or two options have one name.
+        If a field is missing, unknown or of the wrong type, a level is unknown, a step is below
+        0, a default is not allowed, or two options have one name.
     """
     found = []
     for table in tables:
         known = {item.name: str(item.type) for item in fields(MethodOption)}
         values: dict[str, Any] = {}
-        if table.keys() != known.keys():
-            odd = ", ".join(sorted(table.keys() ^ known.keys()))
+        odd = ", ".join(sorted((table.keys() | {"step"}) ^ known.keys()))
+        if odd:
             raise UsageError(
                 f"{source}: an option of the method card lacks or has too much: {odd}"
             )
@@ -60,10 +76,10 @@ def read_options(tables: Sequence[Mapping[str, Any]], source: str) -> tuple[Meth
                 raise UsageError(f"{source}: options: {key} must be {known[key]}, not {value!r}")
             values[key] = float(value) if number else value
         option = MethodOption(**values)
-        if option.level not in LEVELS or not option.minimum <= option.default <= option.maximum:
+        if option.level not in LEVELS or option.step < 0 or not option.allows(option.default):
             raise UsageError(
-                f"{source}: option {option.name}: level must be {' or '.join(LEVELS)}, and the "
-                "default lie between minimum and maximum"
+                f"{source}: option {option.name}: level must be {' or '.join(LEVELS)}, no step "
+                "below 0, and the default in the range and on a step"
             )
         found.append(option)
     if len({option.name for option in found}) < len(found):
@@ -102,10 +118,9 @@ def options_for(
         if option.level != level:
             raise UsageError(f"--method-option {word}: {name} is for {option.level}")
         value = _number(text) if equals else math.nan
-        if name in seen or not option.minimum <= value <= option.maximum:
+        if name in seen or not option.allows(value):
             raise UsageError(
-                f"--method-option {word}: give {name} once, as a number from "
-                f"{option.minimum:g} to {option.maximum:g}"
+                f"--method-option {word}: give {name} once, as a number from {option.range}"
             )
         values[name] = value
         seen.add(name)

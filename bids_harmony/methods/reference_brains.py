@@ -10,7 +10,8 @@ import torch
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.layout import Coarse, Layout
-from bids_harmony.methods.base import Chosen, Volume
+from bids_harmony.methods.base import Volume
+from bids_harmony.methods.lazy_volumes import Chosen
 from bids_harmony.methods.likelihood import usable_slices
 from bids_harmony.methods.scan_tone import toned_scan
 from bids_harmony.methods.tone import Brain, Placed, Tone

@@ -292,8 +292,7 @@ def options_table() -> str:
     head = "| method | option | for | default | range | what it is |"
     rows = [head, "|" + "---|" * (head.count("|") - 1)]
     rows += [
-        f"| `{card.name}` | `{o.name}` | {o.level} | {o.default:g} | {o.minimum:g} to "
-        f"{o.maximum:g} | {o.summary} |"
+        f"| `{card.name}` | `{o.name}` | {o.level} | {o.default:g} | {o.range} | {o.summary} |"
         for card in available().values()
         for o in card.options
     ]

@@ -15,16 +15,20 @@ LOG = logging.getLogger("bids_harmony")
 SessionKey = tuple[str, str, str]
 
 
+def session_key(site: str, subject: str, session: str, name: str) -> SessionKey:
+    """What scans of one session have in common; an unknown subject is one of its own (`name`)."""
+    return site, subject or name, session
+
+
 def by_session(volumes: Sequence[Volume]) -> dict[SessionKey, dict[str, list[int]]]:
     """Indices of the volumes of each session, by modality; sessions and modalities sorted.
 
-    Scans belong together that have site, subject (for unknown ones: the name) and session in
-    common.
+    Scans belong together that have their `session_key` in common.
     """
     found: dict[SessionKey, dict[str, list[int]]] = {}
     for index in range(len(volumes)):
         volume = volumes[index]
-        key = (volume.site, volume.subject or volume.name, volume.session)
+        key = session_key(volume.site, volume.subject, volume.session, volume.name)
         found.setdefault(key, {}).setdefault(volume.modality, []).append(index)
     return {key: dict(sorted(scans.items())) for key, scans in sorted(found.items())}
 

@@ -20,6 +20,7 @@ from bids_harmony.interfaces.files import sha256
 from bids_harmony.interfaces.tissues import ReadTissueLabels
 from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.base import NATIVE_GRID, Contract
+from bids_harmony.methods.sessions import SessionKey, session_key
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given
@@ -114,9 +115,10 @@ def _not_whole(
     scans: Sequence[Scan], contract: Contract, labels: Mapping[str, TissueLabels]
 ) -> list[Outcome]:
     """A refusal of each scan whose session lacks a modality, or labels of any of its scans."""
-    sessions: dict[tuple[str, str | None, str], list[Scan]] = {}
+    sessions: dict[SessionKey, list[Scan]] = {}
     for scan in scans:
-        sessions.setdefault((scan.subject, scan.session, scan.site), []).append(scan)
+        key = session_key(scan.site, scan.subject, scan.session or "", scan.stem)
+        sessions.setdefault(key, []).append(scan)
     refused = []
     for found in sessions.values():
         there = {scan.suffix for scan in found}
