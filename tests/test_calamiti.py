@@ -20,7 +20,7 @@ from bids_harmony.methods import (  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.volume_grid import on_model_grid  # noqa: E402
-from bids_harmony.training.fit import Plan, Trained  # noqa: E402
+from bids_harmony.training.plan import Plan, Trained  # noqa: E402
 from tests.contrast_brains import TISSUES, anatomy, cohort, scan  # noqa: E402
 
 SHAPE = (24, 28, 24)

@@ -25,7 +25,8 @@ from bids_harmony.networks.slice_unet import SliceUNet  # noqa: E402
 from bids_harmony.training import calamiti_losses as losses  # noqa: E402
 from bids_harmony.training import slice_losses  # noqa: E402
 from bids_harmony.training.contrasts import PairDrawer, Session, full_slices  # noqa: E402
-from bids_harmony.training.fit import Plan, train_network  # noqa: E402
+from bids_harmony.training.fit import train_network  # noqa: E402
+from bids_harmony.training.plan import Plan  # noqa: E402
 from tests.contrast_brains import cohort, scan  # noqa: E402
 
 GENERATOR = torch.Generator()

@@ -42,7 +42,6 @@ from bids_harmony.networks.deepnormalize import (  # noqa: E402
     NormalizerNetworks,
 )
 from bids_harmony.networks.unet3d import UNet3d  # noqa: E402
-from bids_harmony.training.fit import Plan  # noqa: E402
 from bids_harmony.training.normalizer_losses import (  # noqa: E402
     WEIGHTS,
     deception,
@@ -52,6 +51,7 @@ from bids_harmony.training.normalizer_losses import (  # noqa: E402
     normalizer_loss,
     segmentation_loss,
 )
+from bids_harmony.training.plan import Plan  # noqa: E402
 from bids_harmony.training.tissue_cubes import (  # noqa: E402
     TissueDrawer,
     bias_field,

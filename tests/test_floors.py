@@ -75,6 +75,12 @@ def test_methods_know_no_bids():
         assert not any(n.startswith("bids_harmony.bids") for n in imports_of(path)), path
 
 
+def run_python(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_help_and_version_load_nothing_heavy(option):
     code = (
@@ -86,9 +92,18 @@ def test_help_and_version_load_nothing_heavy(option):
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, option], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(code, option)
     # generous, since tests share the machine; benchmarks/startup.py measures
     assert time.perf_counter() - start < 10
+
+
+def test_loading_the_methods_imports_no_library_of_training_alone():
+    code = (
+        "import sys\n"
+        "from bids_harmony.methods import registry\n"
+        "for name in registry.available():\n    registry.load(name)\n"
+        "assert 'torch' in sys.modules\n"
+        "heavy = {'lightning','monai','matplotlib','nipype','ants'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    run_python(code)

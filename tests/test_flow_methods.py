@@ -19,7 +19,7 @@ from bids_harmony.methods.flow_optimization import Weights  # noqa: E402
 from bids_harmony.methods.lazy_volumes import Chosen  # noqa: E402
 from bids_harmony.methods.likelihood import Normal  # noqa: E402
 from bids_harmony.methods.reference_brains import layout_of, split_by_subject  # noqa: E402
-from bids_harmony.training.fit import Plan  # noqa: E402
+from bids_harmony.training.plan import Plan  # noqa: E402
 from tests import flow_brains  # noqa: E402
 
 NAMES = ["harmonizing-flows", "blindharmony"]
@@ -420,10 +420,10 @@ def test_same_seed_same_model_another_seed_another(method, tmp_path):
 
 def test_a_killed_training_goes_on(method, tmp_path, monkeypatch):
     name = method.name
-    from bids_harmony.training import fit
+    from bids_harmony.training.loop import TrainingModule
 
     taken = []
-    step = fit._Module.training_step
+    step = TrainingModule.training_step
 
     def killed(self, batch, index):
         if len(taken) == 6:  # between two looks at the held-out score
@@ -432,7 +432,7 @@ def test_a_killed_training_goes_on(method, tmp_path, monkeypatch):
         return step(self, batch, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit._Module, "training_step", killed)
+        patch.setattr(TrainingModule, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(name, folder=tmp_path)
     resumed = train(name, folder=tmp_path)

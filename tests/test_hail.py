@@ -42,13 +42,13 @@ from bids_harmony.networks.hail import (  # noqa: E402
     quantiles_of,
     sums_of,
 )
-from bids_harmony.training.fit import Plan  # noqa: E402
 from bids_harmony.training.patches import (  # noqa: E402
     cut_cubes,
     dissimilarity,
     draw_place,
     local_change,
 )
+from bids_harmony.training.plan import Plan  # noqa: E402
 from tests import flow_brains  # noqa: E402
 
 SHAPE = (28, 32, 26)

@@ -15,7 +15,7 @@ pytest.importorskip("lightning")
 from bids_harmony.errors import ScanError  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
-from bids_harmony.training.fit import Plan  # noqa: E402
+from bids_harmony.training.plan import Plan  # noqa: E402
 from tests.flow_brains import brain  # noqa: E402
 
 SHAPE = (36, 44, 36)

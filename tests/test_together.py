@@ -22,7 +22,7 @@ from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.deepnormalize import DeepNormalize, Standardization  # noqa: E402
 from bids_harmony.methods.sessions import by_session, whole_sessions  # noqa: E402
-from bids_harmony.training.fit import Plan  # noqa: E402
+from bids_harmony.training.plan import Plan  # noqa: E402
 
 PAIR = ("T1w", "T2w")
 TOGETHER = Training(options={"lambda": 1.5, "together": 1.0})

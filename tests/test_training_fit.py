@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
 from bids_harmony.errors import HarmonyError  # noqa: E402
-from bids_harmony.training import fit  # noqa: E402
-from bids_harmony.training.fit import Plan, train_network  # noqa: E402
+from bids_harmony.training import fit, loop  # noqa: E402
+from bids_harmony.training.fit import train_network  # noqa: E402
+from bids_harmony.training.plan import Adversary, Plan  # noqa: E402
 
 TRUTH = torch.tensor([1.0, -2.0, 0.5])
 CHECK = torch.randn(64, 3, generator=torch.Generator().manual_seed(9))
@@ -284,14 +285,14 @@ def test_the_key_of_weights_is_that_of_the_weights_alone():
     ("device", "wanted"), [("cpu", 1), ("cuda", [0]), ("cuda:0", [0]), ("cuda:3", [3])]
 )
 def test_the_gpu_that_was_asked_for(device, wanted):
-    assert fit._devices(device) == wanted
+    assert loop._devices(device) == wanted
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
 def test_half_precision_is_used_where_the_processor_has_it():
     """PyTorch says yes to processors, too, on which it imitates bfloat16 at twice the time."""
     flags = Path("/proc/cpuinfo").read_text().split()
-    assert fit._fast_half("cpu") == bool({"avx512_bf16", "amx_bf16"} & set(flags))
+    assert loop._fast_half("cpu") == bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
 class Game(torch.nn.Module):
@@ -322,7 +323,7 @@ def play(folder=None, seed=0, on_draw=None, plan=PLAN):
         away = game.judge.weight.squeeze() - 3 * game.guess.detach()
         return away.square() + 1e-3 * game.drop(game.judge.weight).sum() + 0 * batch
 
-    adversary = fit.Adversary(game.judge, against, steps=3, rate=0.2)
+    adversary = Adversary(game.judge, against, steps=3, rate=0.2)
     run = train_network(
         game, name="game", draw=draw, loss=loss,
         held_out=lambda: float((game.guess - 2).abs().detach()), plan=plan,
@@ -343,7 +344,7 @@ def test_an_adversary_has_turns_batches_and_a_rate_of_its_own():
 
 def test_a_part_that_is_never_finite_is_noticed_beside_one_that_is():
     game = Game()
-    adversary = fit.Adversary(game.judge, lambda batch, _: game.judge.weight.sum() * 0, steps=3)
+    adversary = Adversary(game.judge, lambda batch, _: game.judge.weight.sum() * 0, steps=3)
     with pytest.raises(HarmonyError, match="20 steps in a row were not finite"):
         train_network(
             game, name="game", draw=lambda generator: torch.zeros(()),

@@ -27,7 +27,7 @@ from bids_harmony.networks.translation import (  # noqa: E402
     StyleNetworks,
 )
 from bids_harmony.training import translation  # noqa: E402
-from bids_harmony.training.fit import Plan  # noqa: E402
+from bids_harmony.training.plan import Plan  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from bids_harmony.methods.likelihood import from_slices, slices_of, usable_slice
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.networks.spline_flow import SplineFlow
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 from bids_harmony.training.slices import on_canvas
 
 BETA1 = (250.0, 500.0, 1000.0, 2000.0)

@@ -48,7 +48,7 @@ from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
 from bids_harmony.methods.lazy_volumes import Chosen
 from bids_harmony.methods.training_files import curves_csv, training_png
 from bids_harmony.methods.volume_grid import on_model_grid
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 
 LOG = logging.getLogger("bids_harmony")
 TEMPLATE = "MNI152NLin2009aSym"

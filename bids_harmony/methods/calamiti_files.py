@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from bids_harmony.methods.training_files import figure_of, png_of
 
 _MARKERS = "os^DvP*X"
 _LEAST_CLUSTER = 3
@@ -56,7 +56,7 @@ def theta_png(rows: Sequence[ThetaRow]) -> bytes:
     sites, modalities = (
         sorted({r.site for r in rows}), sorted({r.modality for r in rows})
     )  # fmt: skip
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = figure_of(6, 4.5)
     axis = figure.subplots()
     for index, site in enumerate(sites):
         for kind, modality in enumerate(modalities):
@@ -79,6 +79,4 @@ def theta_png(rows: Sequence[ThetaRow]) -> bytes:
                 axis.plot(*contour(points).T, color=colour, linewidth=1)
     axis.set(xlabel="theta 1", ylabel="theta 2")
     axis.legend(fontsize=7)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=80, metadata={"Software": None})
-    return stream.getvalue()
+    return png_of(figure)

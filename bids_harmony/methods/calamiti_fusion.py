@@ -16,7 +16,8 @@ from bids_harmony.methods.calamiti_drawing import draw_brain, fused, theta_of_br
 from bids_harmony.methods.calamiti_learned import Preset, spread
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.contrasts import Session
-from bids_harmony.training.fit import Trained, train_network, weights_key
+from bids_harmony.training.fit import train_network, weights_key
+from bids_harmony.training.plan import Trained
 from bids_harmony.training.slice_losses import masked_l1
 
 LOG = logging.getLogger("bids_harmony")

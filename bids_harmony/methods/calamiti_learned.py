@@ -14,7 +14,7 @@ from bids_harmony.methods.calamiti_files import ThetaRow
 from bids_harmony.methods.tone import arrays_below, load_arrays, state_arrays
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.contrasts import Session
-from bids_harmony.training.fit import Plan, Trained
+from bids_harmony.training.plan import Plan, Trained
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
 from bids_harmony.methods.sessions import by_session, session_of, whole_sessions
 from bids_harmony.networks.deepnormalize import BRIGHTEST
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
 _GRID = "MNI152NLin2009aSym"

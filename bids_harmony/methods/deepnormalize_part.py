@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -140,6 +139,8 @@ def normalized_brain(
         Shape (C, X, Y, Z), and probabilities of CSF, grey and white matter (3, X, Y, Z); both 0
         outside the mask.
     """
+    from monai.inferers import sliding_window_inference  # takes longer to import than torch
+
     device = next(networks.parameters()).device
     box = (slice(None), *box_of(mask))
     inside = mask[None].float()

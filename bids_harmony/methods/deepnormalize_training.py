@@ -14,7 +14,7 @@ from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.networks.deepnormalize import NormalizerNetworks
-from bids_harmony.training.fit import Adversary, Plan, Trained, train_network
+from bids_harmony.training.fit import train_network
 from bids_harmony.training.normalizer_losses import (
     discriminator_loss,
     divergence,
@@ -22,6 +22,7 @@ from bids_harmony.training.normalizer_losses import (
     normalizer_loss,
     segmentation_loss,
 )
+from bids_harmony.training.plan import Adversary, Plan, Trained
 from bids_harmony.training.tissue_cubes import LabelledBrain, TissueBatch, TissueDrawer
 
 _CHECKED = 96  # cubes of the held-out score

@@ -24,7 +24,8 @@ from bids_harmony.methods.training_files import curves_csv, run_facts, samples_p
 from bids_harmony.networks.flow import Flow, build_flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
 from bids_harmony.training.degrade import degrade_slabs
-from bids_harmony.training.fit import Plan, Trained, train_network
+from bids_harmony.training.fit import train_network
+from bids_harmony.training.plan import Plan, Trained
 from bids_harmony.training.slices import canvas_size, draw_slabs
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from bids_harmony.methods.hail_training import Preset
 from bids_harmony.methods.hail_volumes import Brain, brain_of, redrawing_error, style_of
 from bids_harmony.methods.held_out import held_out_subjects
 from bids_harmony.methods.learnable import learnable
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 
 _GRID = "MNI152NLin2009aSym"
 _BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful

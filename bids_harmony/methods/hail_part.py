@@ -33,7 +33,7 @@ from bids_harmony.methods.training_files import (
     training_png,
 )
 from bids_harmony.networks.hail import QUANTILES, HailNetwork
-from bids_harmony.training.fit import Trained
+from bids_harmony.training.plan import Trained
 
 LOG = logging.getLogger("bids_harmony")
 #: No voxel is changed by more of the intensity scale: more is invention, not harmonization.

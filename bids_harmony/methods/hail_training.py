@@ -22,8 +22,9 @@ from bids_harmony.methods.hail_losses import (
 )
 from bids_harmony.methods.hail_volumes import Brain, brain_of, style_of
 from bids_harmony.networks.hail import HailNetwork
-from bids_harmony.training.fit import Plan, Trained, train_network, weights_key
+from bids_harmony.training.fit import train_network, weights_key
 from bids_harmony.training.patches import cut_cubes, pick
+from bids_harmony.training.plan import Plan, Trained
 
 LOG = logging.getLogger("bids_harmony")
 _CHECKS = 4  # batches of the held-out score

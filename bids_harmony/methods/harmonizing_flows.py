@@ -22,7 +22,7 @@ from bids_harmony.methods.tone import Brain, load_arrays, mapped, state_arrays
 from bids_harmony.networks.affine_flow import AffineFlow
 from bids_harmony.networks.flow import Flow
 from bids_harmony.networks.harmonizer import HarmonizerUNet
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 from bids_harmony.training.slices import on_canvas
 
 _CPU = Preset(

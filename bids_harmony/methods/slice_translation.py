@@ -21,7 +21,7 @@ from bids_harmony.methods.learnable import Known, learnable
 from bids_harmony.methods.likeness import Likeness, rank_cells
 from bids_harmony.methods.tone import load_arrays, state_arrays
 from bids_harmony.training.contrasts import full_slices
-from bids_harmony.training.fit import Plan
+from bids_harmony.training.plan import Plan
 from bids_harmony.training.slices import canvas_size, on_canvas
 from bids_harmony.training.translation import SiteBrain
 

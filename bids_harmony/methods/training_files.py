@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.networks.flow import Flow
-from bids_harmony.training.fit import Trained
+from bids_harmony.training.plan import Trained
 from bids_harmony.training.slices import canvas_size, on_canvas
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SAMPLES = 4
 _TEMPERATURE = 0.7
@@ -66,7 +68,7 @@ def site_facts(learn: Sequence[Person], apart: Sequence[Person]) -> dict[str, An
 
 def training_png(runs: Mapping[str, Trained]) -> bytes:
     """The same as a picture."""
-    figure = Figure(figsize=(5 * len(runs), 3), layout="constrained")
+    figure = figure_of(5 * len(runs), 3)
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         steps = [row["step"] for row in run.curve]
@@ -74,7 +76,7 @@ def training_png(runs: Mapping[str, Trained]) -> bytes:
         axis.plot(steps, [row["held_out"] for row in run.curve], label="held out")
         axis.set(title=name, xlabel="step")
         axis.legend()
-    return _png(figure)
+    return png_of(figure)
 
 
 def samples_png(flow: Flow, brain: tuple[Tensor, Tensor], axis: int, seed: int) -> bytes:
@@ -89,7 +91,7 @@ def samples_png(flow: Flow, brain: tuple[Tensor, Tensor], axis: int, seed: int) 
         drawn = flow.sample(_SAMPLES, side, side, temperature=_TEMPERATURE, generator=generator)[
             :, 0
         ]
-    figure = Figure(figsize=(2 * _SAMPLES, 4.4), layout="constrained")
+    figure = figure_of(2 * _SAMPLES, 4.4)
     axes = figure.subplots(2, _SAMPLES)
     for row, slices in enumerate((torch.stack(real), drawn)):
         for column, values in enumerate(slices):
@@ -98,12 +100,12 @@ def samples_png(flow: Flow, brain: tuple[Tensor, Tensor], axis: int, seed: int) 
             )
             axes[row, column].set_axis_off()
     figure.suptitle("training slices (top), drawn from the flow (bottom)", fontsize=9)
-    return _png(figure)
+    return png_of(figure)
 
 
 def brains_png(brains: Mapping[str, NDArray[np.float32]]) -> bytes:
     """The middle slices across all three axes of each brain (R, A, S), titles on the left."""
-    figure = Figure(figsize=(6, 2 * len(brains)), layout="constrained")
+    figure = figure_of(6, 2 * len(brains))
     axes = figure.subplots(len(brains), 3, squeeze=False)
     for row, (title, image) in zip(axes, brains.items(), strict=True):
         for axis, panel in enumerate(row):
@@ -111,10 +113,18 @@ def brains_png(brains: Mapping[str, NDArray[np.float32]]) -> bytes:
             panel.imshow(values.T, cmap="gray", vmin=0, vmax=1.1, origin="lower")
             panel.set(xticks=[], yticks=[])
         row[0].set_ylabel(title, fontsize=6)
-    return _png(figure)
+    return png_of(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def figure_of(width: float, height: float) -> Figure:
+    """Empty figure of so many inches."""
+    from matplotlib.figure import Figure  # who harmonizes draws none of these pictures
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_of(figure: Figure) -> bytes:
+    """PNG at 80 dpi; the same figure gives the same bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=80, metadata={"Software": None})
     return stream.getvalue()

@@ -24,7 +24,8 @@ from bids_harmony.methods.slice_translation import (
 )
 from bids_harmony.methods.training_files import curves_csv, run_facts, site_facts, training_png
 from bids_harmony.networks.translation import SliceTranslator
-from bids_harmony.training.fit import Plan, train_network
+from bids_harmony.training.fit import train_network
+from bids_harmony.training.plan import Plan
 from bids_harmony.training.slice_losses import masked_l1
 from bids_harmony.training.translation import PairedSlices, SiteBrain, SlicePair, paired_loss
 
