@@ -146,6 +146,7 @@ class Prepared:
     ) -> None:
         self.cohort, self.folder, self.settings = cohort, folder, settings
         self.out_dir, self._trained = folder / "out", trained or folder
+        self.labels = folder / "labels"  # of `scoring.segmented`
 
     def model(self, label: str) -> Path:
         """Folder of a trial's bundle.

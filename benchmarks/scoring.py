@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import nibabel as nb
@@ -11,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bids_harmony.bids.write import save_nifti
 from bids_harmony.imaging.tissues import TISSUES, dice
 from bids_harmony.interfaces.ants import ants_session
 from bids_harmony.interfaces.segment import atropos
@@ -80,10 +85,29 @@ def jumps(before: Image, image: Image, truth: Image, mask: Mask) -> dict[str, fl
     return scores
 
 
-def segmented(images: dict[str, Image], affine: Affine, mask: Mask) -> dict[str, NDArray[Any]]:
-    """Tissue labels of several images of one brain."""
-    with tempfile.TemporaryDirectory() as folder, ants_session(1, 1, folder) as ants:
-        return {name: atropos(ants, image, affine, mask) for name, image in images.items()}
+def segmented(
+    images: Mapping[str, Image], affine: Affine, mask: Mask, kept: Path
+) -> dict[str, NDArray[Any]]:
+    """Tissue labels of several images of one brain, (X, Y, Z); found ones are kept in a folder.
+
+    Trials share inputs and truths: the same voxels are not segmented again.
+    """
+    found = {}
+    for name, image in images.items():
+        path = kept / f"{_digest(image, affine, mask)}.nii.gz"
+        if not path.is_file():
+            with tempfile.TemporaryDirectory() as folder, ants_session(1, 1, folder) as ants:
+                save_nifti(atropos(ants, image, affine, mask), affine, path, dtype=np.uint8)
+        found[name] = np.asarray(nb.load(path).dataobj)  # type: ignore[attr-defined]
+    return found
+
+
+def _digest(image: Image, affine: Affine, mask: Mask) -> str:
+    """Of everything that decides labels."""
+    digest = hashlib.sha256(f"{version('antspyx')} {image.shape}".encode())
+    for part in (image, np.asarray(affine, dtype=np.float64), mask):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:24]
 
 
 def tissues(labels: dict[str, NDArray[Any]], known: NDArray[Any]) -> dict[str, float]:
@@ -121,3 +145,8 @@ def slope_correlation(image: Image, mask: Mask) -> float:
     """Pearson's r of intensity and position along the second axis in the brain."""
     place = np.nonzero(mask)[1]
     return float(np.corrcoef(image[mask], place)[0, 1])
+
+
+def ratio(value: float, other: float) -> float:
+    """`value` over `other`; NaN where that is 0."""
+    return value / other if other else math.nan

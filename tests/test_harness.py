@@ -337,3 +337,44 @@ def test_methods_that_need_several_sites_are_trained_on_all_of_a_trial():
     assert trial.sites == ("mprage3", "infant3")
     assert not tables.TRIALS["histogram-matching"].of_several_sites
     assert not trials.Trial("none", None).of_several_sites
+
+
+def test_bright_spots_of_white_matter_are_marked():
+    """Spots of white matter are found, under a bias field too; those of the cortex are not."""
+    spacing = (1.0, 1.0, 3.0)
+    places = np.stack(np.meshgrid(*(np.arange(n) * z for n, z in zip((80, 80, 26), spacing,
+                                                                     strict=True)),
+                                  indexing="ij"))  # fmt: skip
+    away = np.linalg.norm(places - 39, axis=0)
+    mask, whole = away < 38, away < 30
+
+    def spot(x, radius):
+        return np.linalg.norm(places - np.array([x, 39, 39])[:, None, None, None], axis=0) < radius
+
+    lesion, small, cortical = spot(39, 4), spot(55, 0.9), spot(74, 3)
+    rng = np.random.default_rng(0)
+    flair = np.where(whole, 1.0, 1.3) + 0.03 * rng.standard_normal(mask.shape)
+    flair[lesion | small | cortical] = 1.6
+    flair *= 1 + 0.3 * (places[1] - 39) / 39
+    found = module("tables.real_lesions").bright_in_white_matter(
+        flair * mask, whole & ~lesion & ~small, mask, spacing
+    )
+    assert np.count_nonzero(found & lesion) >= 0.9 * np.count_nonzero(lesion)
+    assert not (found & ~lesion).any()
+
+
+def test_labels_are_kept_for_the_same_voxels_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    away = np.linalg.norm(np.indices((20, 20, 20)) - 9.5, axis=0)
+    mask = away < 9
+    image = np.where(mask, 1 - away / 12, 0) + 0.01 * rng.standard_normal(mask.shape) * mask
+    segmented = module("scoring").segmented
+    first = segmented({"image": image, "again": image}, np.eye(4), mask, tmp_path)
+    kept = list(tmp_path.iterdir())
+    assert len(kept) == 1
+    assert set(np.unique(first["image"])) == {0, 1, 2, 3}
+    kept[0].write_bytes(b"broken")  # so it must be read
+    with pytest.raises(nb.filebasedimages.ImageFileError):
+        segmented({"image": image}, np.eye(4), mask, tmp_path)
+    segmented({"image": image * 2}, np.eye(4), mask, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

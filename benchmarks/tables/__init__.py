@@ -6,6 +6,7 @@ from benchmarks.harness import Table
 from benchmarks.tables import by_example, real_sites, tissues
 from benchmarks.tables.blindharmony import BlindHarmony
 from benchmarks.tables.lesions import Lesions
+from benchmarks.tables.real_lesions import RealLesions
 from benchmarks.tables.real_pair import RealPair
 from benchmarks.tables.travelling import Travelling
 from benchmarks.trials import Trial
@@ -19,6 +20,7 @@ TABLES: dict[str, Table] = {
         by_example.ByExample(),
         real_sites.RealSites(),
         Lesions(),
+        RealLesions(),
         tissues.Tissues(),
     )
 }

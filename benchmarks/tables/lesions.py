@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import nibabel as nb
 
 from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table, read
+from benchmarks.scoring import ratio
 from benchmarks.tables.by_example import FAR, NEAR, ByExample, way
 from benchmarks.tables.travelling import RESOLUTION, truth_file
 from benchmarks.trials import scans_of
@@ -77,13 +77,9 @@ class Lesions(Table):
         return {
             "contrast": contrast,
             "volume": volume,
-            "contrast_to_truth": _ratio(contrast, wanted),
-            "contrast_to_input": _ratio(contrast, first),
-            "volume_to_truth": _ratio(volume, true_size),
-            "volume_to_input": _ratio(volume, size),
-            "off": 100 * abs(_ratio(contrast, wanted) - 1),
+            "contrast_to_truth": ratio(contrast, wanted),
+            "contrast_to_input": ratio(contrast, first),
+            "volume_to_truth": ratio(volume, true_size),
+            "volume_to_input": ratio(volume, size),
+            "off": 100 * abs(ratio(contrast, wanted) - 1),
         }
-
-
-def _ratio(value: float, other: float) -> float:
-    return value / other if other else math.nan

@@ -99,7 +99,7 @@ class RealSites(Table):
         before, image, mask = prep.scaled(scan), result(scan), prep.mask(scan)
         shown = example_of(prep.cohort, case.to)
         _, affine = prep.corrected(scan)
-        labels = segmented({"image": image, "before": before}, affine, mask)
+        labels = segmented({"image": image, "before": before}, affine, mask, prep.labels)
         return {
             **towards_example(before, image, mask, (prep.scaled(shown), prep.mask(shown))),
             **tissue_change(labels["before"], labels["image"]),

@@ -124,7 +124,9 @@ class Travelling(Table):
         truth, mask, affine = self.truth_of(case, prep)
         known = read(truth_file(root, scan, "dseg"))[0].round().astype(np.uint8)
         image, before = result(scan), prep.scaled(scan)
-        labels = segmented({"image": image, "before": before, "truth": truth}, affine, mask)
+        labels = segmented(
+            {"image": image, "before": before, "truth": truth}, affine, mask, prep.labels
+        )
         return {
             **similarity(truth, image, mask),
             **distribution(before, image, truth, mask),
