@@ -16,9 +16,9 @@ pytest.importorskip("monai")
 
 import contrast_brains  # noqa: E402
 
-from bids_harmony.errors import ScanError  # noqa: E402
+from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.interfaces.files import load  # noqa: E402
-from bids_harmony.methods.base import Training  # noqa: E402
+from bids_harmony.methods.base import Contract, Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.deepnormalize import DeepNormalize, Standardization  # noqa: E402
 from bids_harmony.methods.sessions import by_session, whole_sessions  # noqa: E402
@@ -67,6 +67,12 @@ def fitted():
 def pair(seed, site):
     one, two = (contrast_brains.scan(seed, site, m) for m in PAIR)
     return replace(one, others={"T2w": two}), replace(two, others={"T1w": one})
+
+
+def test_scans_go_together_on_a_common_grid_only():
+    with pytest.raises(UsageError, match="needs a template grid"):
+        Contract(PAIR, together=True)
+    assert Contract(PAIR, "MNI152NLin2009aSym", 2.0, together=True).together
 
 
 def test_sessions_are_brought_together():

@@ -47,6 +47,11 @@ class Contract:
         True: a scan is harmonized together with those of the other modalities of its session
         (`Volume.others`), and one that lacks them is refused. While fitting, one scan of a
         session with labels is enough. Not for methods that adapt.
+
+    Raises
+    ------
+    UsageError
+        If scans are to be harmonized together on the native grid: theirs may differ.
     """
 
     modalities: tuple[str, ...]
@@ -56,6 +61,13 @@ class Contract:
     masked: bool = True
     labels: bool = False
     together: bool = False
+
+    def __post_init__(self) -> None:
+        if self.together and self.grid == NATIVE_GRID:
+            raise UsageError(
+                "a method that harmonizes the scans of a session together needs a template grid; "
+                "repair its contract"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 A slice is taken apart into anatomy (beta) and contrast (theta), and drawn anew with the wanted
 contrast. What the decoder cannot draw (noise, fine detail, lesions) would be lost, so not the
 drawing is given back: the scan gets the change between the brain drawn with its own theta and the
-same brain drawn with the wanted one, times the contrast that drawing costs (`lost_contrast`), and
-of that only what is locally a straight line of its own intensity (`guided_transfer`). A scan that
-has the wanted theta already stays as it is.
+same brain drawn with the wanted one (`change_between`). A scan that has the wanted theta already
+stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
-from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
@@ -35,10 +33,11 @@ from bids_harmony.methods.base import (
 from bids_harmony.methods.calamiti_admission import Known, admit, checked_theta
 from bids_harmony.methods.calamiti_data import cohort_of
 from bids_harmony.methods.calamiti_drawing import (
+    MOST_CHANGE,
+    change_between,
     draw_brain,
     drawing_error,
     fused,
-    lost_contrast,
     side_for,
     theta_of_brain,
 )
@@ -52,9 +51,6 @@ from bids_harmony.training.plan import Plan
 
 LOG = logging.getLogger("bids_harmony")
 TEMPLATE = "MNI152NLin2009aSym"
-_RADIUS_MM = 6.0
-_NOISE = 0.05
-_MOST_CHANGE = 0.5  # of the scale: more is invention, not harmonization
 _MANY = 0.01  # voxels at the bound that are worth a warning
 
 _CPU = Preset(
@@ -291,26 +287,8 @@ class Calamiti(NeuralMethod):
             )
         wanted, names = self._wanted[volume.modality]
         case = self._case(volume, wanted)
-        image, inside = case.image.numpy(), case.mask.numpy()
         own, other = case.drawn
-        radius = max(round(_RADIUS_MM / self._resolution), 1)
-        lost = lost_contrast(own, case.image, case.mask)
-        drawn = (lost * (other - own)).numpy()
-        asked = guided_transfer(image, drawn, inside, radius=radius, noise=_NOISE)
-        change = np.clip(asked, -_MOST_CHANGE, _MOST_CHANGE).astype(np.float32)
-        bounded = float((np.abs(asked[inside]) > _MOST_CHANGE).mean())
-        warnings = list(case.warnings)
-        if self._site not in (None, volume.site):
-            warnings.append(
-                f"The model's encoders were adapted to site {self._site}; this scan is of "
-                f"{volume.site}. Use the model that was adapted from."
-            )
-        if bounded > _MANY:
-            warnings.append(
-                f"{bounded:.0%} of the brain's voxels were to change by more than "
-                f"{_MOST_CHANGE:g} of the scale and were held there. Look at the result before "
-                "you use it."
-            )
+        change = change_between((own, other), case.image, case.mask, self._resolution)
         details = {
             "theta": [round(v, 4) for v in case.theta],
             "theta_wanted": [round(v, 4) for v in wanted],
@@ -318,13 +296,34 @@ class Calamiti(NeuralMethod):
             "drawing_error": round(case.error, 4),
             "held_out_drawing_error": round(self._learned.known[volume.modality].error, 4),
             "fusion": "voxel median" if self._learned.fusion is None else "network",
-            "lost_contrast": round(lost, 4),
-            "guided_radius_voxels": radius,
-            "mean_absolute_change": round(float(np.abs(change[inside]).mean()), 4),
-            "share_at_bound": round(bounded, 4),
+            "lost_contrast": round(change.lost, 4),
+            "guided_radius_voxels": change.radius,
+            "mean_absolute_change": round(
+                float(np.abs(change.values[case.mask.numpy()]).mean()), 4
+            ),
+            "share_at_bound": round(change.bounded, 4),
         }
-        data = case.grid.add_change(volume.data, np.asarray(volume.mask, dtype=bool), change)
-        return Harmonized(data, details, tuple(warnings))
+        brain = np.asarray(volume.mask, dtype=bool)
+        data = case.grid.add_change(volume.data, brain, change.values)
+        return Harmonized(
+            data, details, (*case.warnings, *self._doubts(volume.site, change.bounded))
+        )
+
+    def _doubts(self, site: str, bounded: float) -> list[str]:
+        """Sentences on a scan of another site than adapted to, and on a change that was held."""
+        doubts = []
+        if self._site not in (None, site):
+            doubts.append(
+                f"The model's encoders were adapted to site {self._site}; this scan is of "
+                f"{site}. Use the model that was adapted from."
+            )
+        if bounded > _MANY:
+            doubts.append(
+                f"{bounded:.0%} of the brain's voxels were to change by more than "
+                f"{MOST_CHANGE:g} of the scale and were held there. Look at the result before "
+                "you use it."
+            )
+        return doubts
 
     @property
     def _resolution(self) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from bids_harmony.imaging.guided import guided_transfer
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.contrasts import full_slices
 from bids_harmony.training.slices import canvas_size, on_canvas
@@ -17,6 +20,10 @@ _SLICES = 16  # across each axis, of which theta is the mean
 _AT_ONCE = 8
 _BLUR = 3  # voxels
 _MOST_LOST = 2.0
+_RADIUS_MM = 6.0
+_NOISE = 0.05
+#: Of the scale: more is invention, not harmonization.
+MOST_CHANGE = 0.5
 
 
 def side_for(shape: Sequence[int], trained: int, divisor: int) -> int:
@@ -117,3 +124,62 @@ def drawing_error(drawn: Tensor, image: Tensor, mask: Tensor) -> float:
     values = image[mask]
     spread = (values - values.median()).abs().mean().clamp(min=1e-6)
     return float((drawn[mask] - values).abs().mean() / spread)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a scan shall be changed by.
+
+    Attributes
+    ----------
+    values
+        Shape (X, Y, Z), at most 0.5 of the scale (brain roughly 0..1) up or down.
+    lost
+        Contrast that drawing cost (`lost_contrast`).
+    mean
+        Of the brain's absolute changes.
+    bounded
+        Share of the brain's voxels that were to change by more.
+    radius
+        In voxels, of what counts as local.
+    """
+
+    values: NDArray[np.float32]
+    lost: float
+    mean: float
+    bounded: float
+    radius: int
+
+
+def change_between(
+    drawn: tuple[Tensor, Tensor], image: Tensor, mask: Tensor, resolution: float
+) -> Change:
+    """From a brain as drawn to the same brain drawn otherwise, as far as the scan has it.
+
+    The difference of the two drawings times the contrast that drawing costs; of it only what is
+    locally a straight line of the scan's own intensity (`guided_transfer`).
+
+    Parameters
+    ----------
+    drawn
+        With the scan's own theta, and with the wanted one; shape (X, Y, Z) each, on the CPU.
+    image, mask
+        The scan, same shape; the mask is not empty.
+    resolution
+        Voxel size in mm.
+    """
+    own, other = drawn
+    inside = mask.numpy()
+    radius = max(round(_RADIUS_MM / resolution), 1)
+    lost = lost_contrast(own, image, mask)
+    asked = guided_transfer(
+        image.numpy(), (lost * (other - own)).numpy(), inside, radius=radius, noise=_NOISE
+    )
+    values = np.clip(asked, -MOST_CHANGE, MOST_CHANGE).astype(np.float32)
+    return Change(
+        values,
+        lost,
+        float(np.abs(values[inside]).mean()),
+        float((np.abs(asked[inside]) > MOST_CHANGE).mean()),
+        radius,
+    )
