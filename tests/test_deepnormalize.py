@@ -32,6 +32,7 @@ from bids_harmony.methods.deepnormalize import (  # noqa: E402
 from bids_harmony.methods.deepnormalize_part import normalized_brain  # noqa: E402
 from bids_harmony.methods.deepnormalize_training import (  # noqa: E402
     box_of,
+    discriminator_scores,
     labelled_brain,
     split,
     stacked,
@@ -125,6 +126,31 @@ def test_discriminator_learns_sites_and_what_was_generated():
     assert all(name.startswith("discriminator.") for name in moved)
     with pytest.raises(ValueError, match="no discriminator"):
         discriminator_loss(networks(discriminator=False), batch)
+
+
+def test_what_a_discriminator_says_is_counted():
+    class Always(torch.nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.number = number
+
+        def forward(self, cubes):
+            return torch.eye(3)[torch.full((len(cubes),), self.number)]
+
+    brains = [labelled_brain([v]) for v in VOLUMES]
+    nets = networks().eval()
+    nets.discriminator = Always(2)
+    found = discriminator_scores(nets, brains, ("a", "b"), 0)
+    assert found["accuracy"] == 0.5
+    assert found["normalized_taken_for"] == {"a": 0, "b": 0, "normalized": 1}
+    either = []
+    for number, site in enumerate("ab"):
+        nets.discriminator = Always(number)
+        found = discriminator_scores(nets, brains, ("a", "b"), 0)
+        assert found["normalized_taken_for"][site] == 1
+        either.append(found["accuracy"])
+    assert sum(either) == pytest.approx(0.5, abs=1e-3)  # of each real cube one of them is right
+    assert discriminator_scores(networks(discriminator=False), brains, ("a", "b"), 0) == {}
 
 
 def test_lambda_weighs_the_discriminator():
@@ -279,6 +305,7 @@ def test_a_model_gives_a_brain_and_its_tissues(fitted, tmp_path, small):
     assert np.array_equal(again.tissues, done.tissues)
     scores = fitted.scores()["T1w"]
     assert set(scores["held_out_dice"]) == set(TISSUES)
+    assert set(scores["discriminator"]) == {"training", "held_out"}
     assert scores["sites"] == {"a": 2, "b": 2}
     assert fitted.files()["T1w_normalized.png"].startswith(b"\x89PNG")
     assert fitted.contract.labels

@@ -81,6 +81,8 @@ class Tissues(Travelling):
         "position along y after the field of equation 7 (slope in the heading) was multiplied to "
         "the preprocessed scan (whole brain, along the scan's own axes), and after that was "
         "normalized; its ratio at a slope of 0.5; none where a scan was refused. "
+        "Discriminator: share of cubes of held-out training subjects, real and normalized ones as "
+        "often, that it knows. "
         "The paper trains at 1 mm on real infants and adults, on its own test sets; its MHD and "
         "JSD are defined otherwise than here."
     )
@@ -96,6 +98,8 @@ class Tissues(Travelling):
         *(Column(f"bias_{when}_{a:g}", f"bias {a:g}, {words}", "", 3, "lower", shown=a == 0.5)
           for a in SLOPES for when, words in (("in", "degraded"), ("out", "normalized"))),
         Column("bias_ratio", "bias 0.5, ratio", "", 2, "lower"),
+        Column("judged_training", "discriminator, training", "%", 0, "lower", shown=False),
+        Column("judged_held_out", "discriminator, held out", "%", 0, "lower"),
     )  # fmt: skip
     judge: ClassVar[str] = "jsd"
     trials: ClassVar[tuple[str, ...]] = ("none", *(trial.label for trial in TRIALS))
@@ -112,10 +116,10 @@ class Tissues(Travelling):
         ("standardization-two", TWO): {"dice": 0.841, "mhd": 0.675},
         ("preprocessor-two", TWO): {"dice": 0.870, "mhd": 0.482, "jsd_ratio": 0.134},
         ("deepnormalize-two", TWO): {"dice": 0.867, "mhd": 0.444, "jsd_ratio": 0.134,
-                                     "bias_ratio": 0.62},
+                                     "bias_ratio": 0.62, "judged_held_out": 32.58},
         ("deepnormalize-two-together", TWO): {"dice": 0.887, "mhd": 0.363},
-        ("deepnormalize-two-lambda-01", TWO): {"dice": 0.875},
-        ("deepnormalize-two-lambda-5", TWO): {"dice": 0.851},
+        ("deepnormalize-two-lambda-01", TWO): {"dice": 0.875, "judged_held_out": 34.49},
+        ("deepnormalize-two-lambda-5", TWO): {"dice": 0.851, "judged_held_out": 28.58},
         ("standardization-three", THREE): {"dice": 0.866, "mhd": 0.587},
         ("preprocessor-three", THREE): {"dice": 0.896, "mhd": 0.390, "jsd_ratio": 0.0342},
         ("deepnormalize-three", THREE): {"dice": 0.890, "mhd": 0.438, "jsd_ratio": 0.0342},
@@ -155,7 +159,7 @@ class Tissues(Travelling):
             return scores
         rows = [_segmentation(scan, result, prep) for scan in case.scans]
         scores |= {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
-        return scores | _bias(case, result.bundle, prep)
+        return scores | _judged(result.bundle) | _bias(case, result.bundle, prep)
 
 
 def _segmentation(scan: Scan, result: View, prep: Prepared) -> dict[str, float]:
@@ -174,6 +178,13 @@ def _segmentation(scan: Scan, result: View, prep: Prepared) -> dict[str, float]:
         "dice": float(np.mean(list(overlap.values()))),
         "mhd": float(np.mean(list(apart.values()))),
     }
+
+
+def _judged(bundle: Path) -> dict[str, float]:
+    """Accuracy of the discriminator (per cent), if the method has one."""
+    (part,) = load_bundle(bundle).method.scores().values()
+    found = part.get("discriminator", {})
+    return {f"judged_{name}": 100 * one["accuracy"] for name, one in found.items()}
 
 
 def _bias(case: Case, bundle: Path, prep: Prepared) -> dict[str, float]:

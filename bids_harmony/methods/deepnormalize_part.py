@@ -16,6 +16,7 @@ from bids_harmony.methods.base import Training
 from bids_harmony.methods.deepnormalize_training import (
     Preset,
     box_of,
+    discriminator_scores,
     split,
     train_normalizer,
 )
@@ -207,8 +208,18 @@ def fit_part(
     results = {
         b.name: normalized_brain(networks, b.images, b.mask, preset.side // 2) for b in apart
     }
+    sites = sorted({brain.site for brain in learn})
+    judged = {
+        name: discriminator_scores(networks, some, sites, seed)
+        for name, some in (("training", learn), ("held_out", apart))
+    }
     networks.cpu()
-    scores = {**site_facts(learn, apart), **run_facts(run), **_held_out_scores(apart, results)}
+    scores = {
+        **site_facts(learn, apart),
+        **run_facts(run),
+        **_held_out_scores(apart, results),
+        **({"discriminator": judged} if networks.discriminator is not None else {}),
+    }
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)
     files = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,3 +224,39 @@ def held_out_score(
         return float(torch.stack(losses).mean()) + _ALIKE * strength * divergence(counts)
 
     return score
+
+
+@torch.no_grad()
+def discriminator_scores(
+    networks: NormalizerNetworks, brains: Sequence[LabelledBrain], sites: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """What the discriminator takes real and normalized cubes for (paper, table 7 and figure 9).
+
+    Returns
+    -------
+    ``accuracy``: share of cubes, real and normalized ones as often, whose class it knows;
+    ``normalized_taken_for``: share of normalized cubes that it takes for each site's or for
+    normalized. Empty without a discriminator.
+    """
+    judge = networks.discriminator
+    if judge is None:
+        return {}
+    drawer = TissueDrawer(brains, sites, side=networks.side, count=_AT_ONCE)
+    source = torch.Generator().manual_seed(seed + 8)
+    device = next(networks.parameters()).device
+    right, total, taken = 0, 0, torch.zeros(len(sites) + 1)
+    for _ in range(_CHECKED // _AT_ONCE):
+        batch = TissueBatch(*(part.to(device) for part in drawer(source)))
+        real = judge(batch.clean).argmax(1)
+        drawn = judge(networks.normalize(batch.shown, batch.mask)).argmax(1)
+        right += int((real == batch.sites).sum() + (drawn == len(sites)).sum())
+        total += len(real) + len(drawn)
+        taken += torch.bincount(drawn.cpu(), minlength=len(sites) + 1)
+    shares = (taken / taken.sum()).tolist()
+    return {
+        "accuracy": round(right / total, 4),
+        "normalized_taken_for": {
+            name: round(share, 4)
+            for name, share in zip((*sites, "normalized"), shares, strict=True)
+        },
+    }
