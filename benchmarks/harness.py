@@ -101,7 +101,7 @@ class Table(ABC):
     about: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     trials: ClassVar[tuple[str, ...]]
-    #: Score by which a scan is below its own input.
+    #: Score by which a scan is below its own input; empty, and no goals, where there is none.
     judge: ClassVar[str] = "psnr"
     #: The paper's figures: (trial, condition) -> column -> value.
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {}

@@ -148,6 +148,8 @@ def _others(table: Table, conditions: Sequence[str]) -> list[str]:
 
 
 def _worse(table: Table, rows: Sequence[Row]) -> list[str]:
+    if not table.judge:
+        return []
     column = next(c for c in table.columns if c.name == table.judge)
     worse = below_input(rows, column.name, column.better)
     title = f"## Below their own input ({column.heading})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from scipy import stats
 
 from bids_harmony.bids.write import save_nifti
 from bids_harmony.imaging.tissues import TISSUES, dice
+from bids_harmony.interfaces import segment
 from bids_harmony.interfaces.ants import ants_session
-from bids_harmony.interfaces.segment import atropos
 from bids_harmony.metrics.intensity import normalized_wasserstein
 from bids_harmony.metrics.similarity import edge_correlation, psnr, rank_agreement, ssim
 from bids_harmony.metrics.slices import field_psnr, field_ssim, slice_consistency
@@ -97,14 +98,17 @@ def segmented(
         path = kept / f"{_digest(image, affine, mask)}.nii.gz"
         if not path.is_file():
             with tempfile.TemporaryDirectory() as folder, ants_session(1, 1, folder) as ants:
-                save_nifti(atropos(ants, image, affine, mask), affine, path, dtype=np.uint8)
+                save_nifti(
+                    segment.atropos(ants, image, affine, mask), affine, path, dtype=np.uint8
+                )
         found[name] = np.asarray(nb.load(path).dataobj)  # type: ignore[attr-defined]
     return found
 
 
 def _digest(image: Image, affine: Affine, mask: Mask) -> str:
-    """Of everything that decides labels."""
-    digest = hashlib.sha256(f"{version('antspyx')} {image.shape}".encode())
+    """Of everything that decides labels, the code among it."""
+    words = f"{version('antspyx')} {inspect.getsource(segment)} {image.shape}"
+    digest = hashlib.sha256(words.encode())
     for part in (image, np.asarray(affine, dtype=np.float64), mask):
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()[:24]

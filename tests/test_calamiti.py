@@ -401,7 +401,7 @@ def test_adaptation_changes_the_last_layers_of_the_encoders_alone(model):
     assert len(after["T1w/thetas"]) == len(before["T1w/thetas"]) + 2
     scores = adapted.scores()["adaptation"]
     assert scores["sites"] == ["c"]
-    assert scores["best_held_out"] < scores["held_out_before"]
+    assert scores["best_held_out"] < scores["best_held_out_before"]
     with pytest.raises(ScanError, match="adapted to site c: give another reference"):
         adapted.towards(new, seed=0)
     with pytest.raises(ScanError, match="adapted once, to scans of one site"):

@@ -97,7 +97,7 @@ def test_help_and_version_load_nothing_heavy(option):
     assert time.perf_counter() - start < 10
 
 
-def test_loading_the_methods_imports_no_library_of_training_alone():
+def test_loading_the_methods_imports_no_heavy_library_but_torch():
     code = (
         "import sys\n"
         "from bids_harmony.methods import registry\n"

@@ -13,14 +13,14 @@ pytest.importorskip("lightning")
 from skimage.metrics import structural_similarity  # noqa: E402
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
-from bids_harmony.imaging.guided import guided_transfer  # noqa: E402
+from bids_harmony.imaging.guided import MOST_CHANGE, guided_transfer  # noqa: E402
 from bids_harmony.imaging.layout import Layout  # noqa: E402
 from bids_harmony.methods import registry  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.hail import Hail  # noqa: E402
 from bids_harmony.methods.hail_losses import Weights, transfer, weighted  # noqa: E402
-from bids_harmony.methods.hail_part import MOST_CHANGE, changed  # noqa: E402
+from bids_harmony.methods.hail_part import changed  # noqa: E402
 from bids_harmony.methods.hail_training import (  # noqa: E402
     draw_pairs,
     scans_of,

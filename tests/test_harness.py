@@ -351,13 +351,13 @@ def test_bright_spots_of_white_matter_are_marked():
     def spot(x, radius):
         return np.linalg.norm(places - np.array([x, 39, 39])[:, None, None, None], axis=0) < radius
 
-    lesion, small, cortical = spot(39, 4), spot(55, 0.9), spot(74, 3)
+    lesion, small, cortical, shallow = spot(39, 4), spot(55, 0.9), spot(74, 3), spot(67, 2)
     rng = np.random.default_rng(0)
     flair = np.where(whole, 1.0, 1.3) + 0.03 * rng.standard_normal(mask.shape)
-    flair[lesion | small | cortical] = 1.6
-    flair *= 1 + 0.3 * (places[1] - 39) / 39
+    flair[lesion | small | cortical | shallow & whole] = 1.6
+    flair *= 1 + 0.6 * (places[1] - 39) / 39
     found = module("tables.real_lesions").bright_in_white_matter(
-        flair * mask, whole & ~lesion & ~small, mask, spacing
+        flair * mask, whole & ~(lesion | small | shallow), mask, spacing
     )
     assert np.count_nonzero(found & lesion) >= 0.9 * np.count_nonzero(lesion)
     assert not (found & ~lesion).any()
@@ -377,4 +377,6 @@ def test_labels_are_kept_for_the_same_voxels_alone(tmp_path):
     with pytest.raises(nb.filebasedimages.ImageFileError):
         segmented({"image": image}, np.eye(4), mask, tmp_path)
     segmented({"image": image * 2}, np.eye(4), mask, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    segmented({"image": image * 2}, np.diag((2, 2, 2, 1)), mask, tmp_path)
+    segmented({"image": image * 2}, np.eye(4), away < 8, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4

@@ -144,7 +144,9 @@ def test_plugin_is_found_and_loaded(plugin):
         ({"card": CARD + "options = 3\n"}, "options must be tables"),
         ({"card": CARD + OPTION.replace("default = 1", "default = 3")}, "in the range and on a"),
         ({"card": CARD + OPTION + "step = 0.7\n"}, "in the range and on a"),
-        ({"card": CARD + OPTION + "step = -1\n"}, "no step below 0"),
+        ({"card": CARD + OPTION + "step = -1\n"}, "step 0 or a part"),
+        ({"card": CARD + OPTION + "step = 5e-324\n"}, "step 0 or a part"),
+        ({"card": CARD + OPTION + "step = nan\n"}, "step must be finite"),
         ({"card": CARD + OPTION.replace('"train"', '"group"')}, "level must be train or part"),
         ({"card": CARD + OPTION.replace("default = 1", 'default = "a"')}, "must be float, not"),
         ({"card": CARD + OPTION.replace("maximum", "most")}, "lacks or has too much"),
@@ -220,7 +222,8 @@ def test_an_option_in_steps_takes_no_number_between():
     option = MethodOption("speed", "train", 0.5, 0.2, 0.8, "how fast", step=0.3)
     allowed = [v for v in (0.2, 0.3, 0.5, 0.51, 0.8, 1.1) if option.allows(v)]
     assert allowed == [0.2, 0.5, 0.8]
-    assert options_for("fancy", [option], "train", ["speed=0.8"]) == {"speed": 0.8}
+    given = options_for("fancy", [option], "train", ["speed=0.79999999"])
+    assert given == {"speed": pytest.approx(0.8, abs=1e-12)}  # on the step, not beside it
     with pytest.raises(UsageError, match=r"from 0\.2 to 0\.8 in steps of 0\.3"):
         options_for("fancy", [option], "train", ["speed=0.3"])
 

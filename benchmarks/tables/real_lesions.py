@@ -49,12 +49,11 @@ class RealLesions(Table):
         Column("contrast_to_input", "contrast / input's", "", 2, "one"),
         Column("volume_to_input", "volume / input's", "", 2, "one"),
         Column("marked", "marked in FLAIR", "mL", 2),
-        Column("off", "contrast off the input's", "%", 1, "lower"),
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", *(trial.label for trial in TRIALS),
     )  # fmt: skip
-    judge: ClassVar[str] = "off"
+    judge: ClassVar[str] = ""  # without a truth the input would be best
     models_of: ClassVar[str | None] = RealSites.name
 
     def prepare(self, data: Path, folder: Path) -> Cohort:
@@ -87,7 +86,6 @@ class RealLesions(Table):
             "contrast_to_input": ratio(after, before),
             "volume_to_input": ratio(left, size),
             "marked": float(marked.sum() * np.prod(spacing) / 1000),
-            "off": 100 * abs(ratio(after, before) - 1),
         }
 
 

@@ -22,7 +22,7 @@ from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import to_model_grid
 from bids_harmony.imaging.tissues import TISSUES, dice
-from bids_harmony.methods.base import Volume
+from bids_harmony.methods.base import Method, Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.metrics.tissue import mean_hausdorff
 from bids_harmony.phantom.dataset import TRUTH
@@ -159,7 +159,8 @@ class Tissues(Travelling):
             return scores
         rows = [_segmentation(scan, result, prep) for scan in case.scans]
         scores |= {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
-        return scores | _judged(result.bundle) | _bias(case, result.bundle, prep)
+        method = load_bundle(result.bundle).method
+        return scores | _judged(method) | _bias(case, method, prep)
 
 
 def _segmentation(scan: Scan, result: View, prep: Prepared) -> dict[str, float]:
@@ -180,16 +181,15 @@ def _segmentation(scan: Scan, result: View, prep: Prepared) -> dict[str, float]:
     }
 
 
-def _judged(bundle: Path) -> dict[str, float]:
+def _judged(method: Method) -> dict[str, float]:
     """Accuracy of the discriminator (per cent), if the method has one."""
-    (part,) = load_bundle(bundle).method.scores().values()
+    (part,) = method.scores().values()
     found = part.get("discriminator", {})
     return {f"judged_{name}": 100 * one["accuracy"] for name, one in found.items()}
 
 
-def _bias(case: Case, bundle: Path, prep: Prepared) -> dict[str, float]:
+def _bias(case: Case, method: Method, prep: Prepared) -> dict[str, float]:
     """Correlation of intensity and y with fields of several slopes, before and after; means."""
-    method = load_bundle(bundle).method
     if method.contract.together:
         return {}
     found: dict[str, list[float]] = {}

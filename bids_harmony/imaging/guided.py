@@ -17,6 +17,10 @@ from scipy import ndimage
 from bids_harmony.errors import ScanError
 
 FloatArray = NDArray[np.float32]
+#: Largest change of a voxel, of the intensity scale: more is invention, not harmonization.
+MOST_CHANGE = 0.5
+#: Share of the brain that may be cut at it without doubt.
+FEW_AT_BOUND = 0.01
 
 
 def guided_transfer(
@@ -73,3 +77,27 @@ def guided_transfer(
     slope = np.where(mask, slope, 0)
     offset = np.where(mask, mean_y - slope * mean_x, 0)
     return np.where(mask, mean(slope) * x + mean(offset), 0).astype(np.float32)
+
+
+def bounded_change(
+    scan: NDArray[Any],
+    change: NDArray[Any],
+    mask: NDArray[np.bool_],
+    *,
+    radius: int,
+    noise: float,
+) -> tuple[FloatArray, float]:
+    """What of a drawn change has the scan's own anatomy, at most `MOST_CHANGE` up or down.
+
+    Parameters and errors as those of `guided_transfer`.
+
+    Returns
+    -------
+    change
+        float32, 0 outside the mask.
+    at_bound
+        Share of the brain's voxels whose change was cut.
+    """
+    found = guided_transfer(scan, change, mask, radius=radius, noise=noise)
+    at_bound = float((np.abs(found[mask]) > MOST_CHANGE).mean())
+    return np.clip(found, -MOST_CHANGE, MOST_CHANGE), at_bound

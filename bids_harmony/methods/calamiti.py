@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
+from bids_harmony.imaging.guided import FEW_AT_BOUND, MOST_CHANGE
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
@@ -33,7 +34,6 @@ from bids_harmony.methods.base import (
 from bids_harmony.methods.calamiti_admission import Known, admit, checked_theta
 from bids_harmony.methods.calamiti_data import cohort_of
 from bids_harmony.methods.calamiti_drawing import (
-    MOST_CHANGE,
     change_between,
     draw_brain,
     drawing_error,
@@ -51,7 +51,6 @@ from bids_harmony.training.plan import Plan
 
 LOG = logging.getLogger("bids_harmony")
 TEMPLATE = "MNI152NLin2009aSym"
-_MANY = 0.01  # voxels at the bound that are worth a warning
 
 _CPU = Preset(
     resolution=2.0,
@@ -298,18 +297,15 @@ class Calamiti(NeuralMethod):
             "fusion": "voxel median" if self._learned.fusion is None else "network",
             "lost_contrast": round(change.lost, 4),
             "guided_radius_voxels": change.radius,
-            "mean_absolute_change": round(
-                float(np.abs(change.values[case.mask.numpy()]).mean()), 4
-            ),
-            "share_at_bound": round(change.bounded, 4),
+            "mean_absolute_change": round(change.mean, 4),
+            "share_at_bound": round(change.at_bound, 4),
         }
         brain = np.asarray(volume.mask, dtype=bool)
         data = case.grid.add_change(volume.data, brain, change.values)
-        return Harmonized(
-            data, details, (*case.warnings, *self._doubts(volume.site, change.bounded))
-        )
+        doubts = self._doubts(volume.site, change.at_bound)
+        return Harmonized(data, details, (*case.warnings, *doubts))
 
-    def _doubts(self, site: str, bounded: float) -> list[str]:
+    def _doubts(self, site: str, at_bound: float) -> list[str]:
         """Sentences on a scan of another site than adapted to, and on a change that was held."""
         doubts = []
         if self._site not in (None, site):
@@ -317,9 +313,9 @@ class Calamiti(NeuralMethod):
                 f"The model's encoders were adapted to site {self._site}; this scan is of "
                 f"{site}. Use the model that was adapted from."
             )
-        if bounded > _MANY:
+        if at_bound > FEW_AT_BOUND:
             doubts.append(
-                f"{bounded:.0%} of the brain's voxels were to change by more than "
+                f"{at_bound:.0%} of the brain's voxels were to change by more than "
                 f"{MOST_CHANGE:g} of the scale and were held there. Look at the result before "
                 "you use it."
             )

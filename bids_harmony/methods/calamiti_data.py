@@ -57,7 +57,7 @@ def cohort_of(volumes: Sequence[Volume], resolution: float) -> Cohort:
     Raises
     ------
     ScanError
-        If a scan cannot be used, no session is paired or fewer than two subjects are.
+        If a scan cannot be used, no session is paired, or nobody can be held out.
     """
     sessions, left_out = paired_sessions(volumes, resolution)
     learn, held_out = split_sessions(sessions)
@@ -69,8 +69,7 @@ def paired_sessions(
 ) -> tuple[list[Session], list[str]]:
     """Sessions with two modalities or more, and why the others are left out.
 
-    Scans belong together that have site, subject and session in common. Their brain is what all
-    of their masks have in common.
+    The brain of a session (`session_key`) is what all of its masks have in common.
 
     Raises
     ------

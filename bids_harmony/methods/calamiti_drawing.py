@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from bids_harmony.imaging.guided import guided_transfer
+from bids_harmony.imaging.guided import bounded_change
 from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
 from bids_harmony.training.contrasts import full_slices
 from bids_harmony.training.slices import canvas_size, on_canvas
@@ -22,8 +22,6 @@ _BLUR = 3  # voxels
 _MOST_LOST = 2.0
 _RADIUS_MM = 6.0
 _NOISE = 0.05
-#: Of the scale: more is invention, not harmonization.
-MOST_CHANGE = 0.5
 
 
 def side_for(shape: Sequence[int], trained: int, divisor: int) -> int:
@@ -138,8 +136,8 @@ class Change:
         Contrast that drawing cost (`lost_contrast`).
     mean
         Of the brain's absolute changes.
-    bounded
-        Share of the brain's voxels that were to change by more.
+    at_bound
+        Share of the brain's voxels whose change was cut there.
     radius
         In voxels, of what counts as local.
     """
@@ -147,7 +145,7 @@ class Change:
     values: NDArray[np.float32]
     lost: float
     mean: float
-    bounded: float
+    at_bound: float
     radius: int
 
 
@@ -157,7 +155,7 @@ def change_between(
     """From a brain as drawn to the same brain drawn otherwise, as far as the scan has it.
 
     The difference of the two drawings times the contrast that drawing costs; of it only what is
-    locally a straight line of the scan's own intensity (`guided_transfer`).
+    locally a straight line of the scan's own intensity (`bounded_change`).
 
     Parameters
     ----------
@@ -172,14 +170,7 @@ def change_between(
     inside = mask.numpy()
     radius = max(round(_RADIUS_MM / resolution), 1)
     lost = lost_contrast(own, image, mask)
-    asked = guided_transfer(
+    values, at_bound = bounded_change(
         image.numpy(), (lost * (other - own)).numpy(), inside, radius=radius, noise=_NOISE
     )
-    values = np.clip(asked, -MOST_CHANGE, MOST_CHANGE).astype(np.float32)
-    return Change(
-        values,
-        lost,
-        float(np.abs(values[inside]).mean()),
-        float((np.abs(asked[inside]) > MOST_CHANGE).mean()),
-        radius,
-    )
+    return Change(values, lost, float(np.abs(values[inside]).mean()), at_bound, radius)

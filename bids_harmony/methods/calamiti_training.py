@@ -228,7 +228,7 @@ def adapt_learned(
         known[modality] = replace(of, thetas=np.array([*of.thetas.tolist(), *new]))
     facts = {
         **run_facts(run),
-        "held_out_before": round(before, 5),
+        "best_held_out_before": round(before, 5),
         "kept": "adapted encoders" if helped else "encoders as they were: the error did not fall",
         "sites": sorted({s.site for s in sessions}),
         "held_out_is_learned": alone,

@@ -155,7 +155,7 @@ class DeepNormalize(ByModality[Part]):
 
     def take_options(self, options: Mapping[str, float]) -> None:
         """Harmonize with this ``stride`` between cubes, in voxels, from now on."""
-        self._stride = int(options.get("stride", self.participant_options["stride"]))
+        self._stride = round(options.get("stride", self.participant_options["stride"]))
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Give `volume` the common appearance, and segment it; nothing is drawn at random.

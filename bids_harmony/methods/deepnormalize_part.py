@@ -212,13 +212,14 @@ def fit_part(
     judged = {
         name: discriminator_scores(networks, some, sites, seed)
         for name, some in (("training", learn), ("held_out", apart))
+        if networks.discriminator is not None
     }
     networks.cpu()
     scores = {
         **site_facts(learn, apart),
         **run_facts(run),
         **_held_out_scores(apart, results),
-        **({"discriminator": judged} if networks.discriminator is not None else {}),
+        **({"discriminator": judged} if judged else {}),
     }
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
+from bids_harmony.imaging.guided import FEW_AT_BOUND, MOST_CHANGE
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
@@ -20,7 +21,6 @@ from bids_harmony.methods.base import (
 from bids_harmony.methods.by_style import ByStyle
 from bids_harmony.methods.hail_losses import Weights
 from bids_harmony.methods.hail_part import (
-    MOST_CHANGE,
     Drawing,
     Part,
     distance,
@@ -34,7 +34,6 @@ from bids_harmony.methods.learnable import learnable
 from bids_harmony.training.plan import Plan
 
 _GRID = "MNI152NLin2009aSym"
-_BOUND_SHARE = 0.01  # of the brain at the bound: more is doubtful
 _UNLEARNED = 0.7  # error of held-out scans above which the network has learned too little
 _NEAR = 0.02  # intensity distance below which nothing needs to be said
 
@@ -197,7 +196,7 @@ def _doubts(part: Part, error: float, drawing: Drawing, before: float, after: fl
             f"scans have {part.redrawing.mean:.2f}): it may be unlike all "
             "training scans. Look at the result before you use it."
         )
-    if drawing.at_bound > _BOUND_SHARE:
+    if drawing.at_bound > FEW_AT_BOUND:
         found.append(
             f"The change of {drawing.at_bound:.0%} of the brain was cut at {MOST_CHANGE:g} of the "
             "intensity scale: the networks wanted more than can be trusted."

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.guided import guided_transfer
+from bids_harmony.imaging.guided import bounded_change
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.hail_training import (
     Preset,
@@ -36,8 +36,6 @@ from bids_harmony.networks.hail import QUANTILES, HailNetwork
 from bids_harmony.training.plan import Trained
 
 LOG = logging.getLogger("bids_harmony")
-#: No voxel is changed by more of the intensity scale: more is invention, not harmonization.
-MOST_CHANGE = 0.5
 _PAIRS_SCORED = 6
 _LEAST_ERROR = (0.1, 0.4)  # of a redrawing above the held-out scans': doubtful, impossible
 
@@ -152,7 +150,7 @@ def changed(
     """A brain with a drawn change, carried over so that its anatomy stays.
 
     In each neighbourhood the change is taken for a straight line of the scan's own intensity
-    (`guided_transfer`). It is the difference of two pictures that one decoder drew, so their blur
+    (`bounded_change`). It is the difference of two pictures that one decoder drew, so their blur
     is not taken for a change, and equal styles leave the scan exactly as it is.
 
     Returns
@@ -163,10 +161,8 @@ def changed(
         Share of the brain's voxels whose change was cut at `MOST_CHANGE`.
     """
     scan, inside = brain[0].numpy(), brain[1].numpy()
-    found = guided_transfer(scan, change.numpy(), inside, radius=radius, noise=noise)
-    at_bound = float((np.abs(found[inside]) > MOST_CHANGE).mean())
-    data = scan + np.clip(found, -MOST_CHANGE, MOST_CHANGE)
-    return np.where(inside, np.maximum(data, 0), 0).astype(np.float32), at_bound
+    found, at_bound = bounded_change(scan, change.numpy(), inside, radius=radius, noise=noise)
+    return np.where(inside, np.maximum(scan + found, 0), 0).astype(np.float32), at_bound
 
 
 def distance(first: Tensor, second: Tensor) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from bids_harmony.errors import UsageError
 
 LEVELS = ("train", "participant")
+_MOST_STEPS = 1e6
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,13 @@ class MethodOption:
         """Whether it may have this value."""
         if not self.minimum <= value <= self.maximum:
             return False
-        steps = (value - self.minimum) / self.step if self.step else 0.0
-        return math.isclose(steps, round(steps), abs_tol=1e-6)
+        return math.isclose(value, self.nearest(value), abs_tol=1e-6 * self.step)
+
+    def nearest(self, value: float) -> float:
+        """The value on a step that is nearest."""
+        if not self.step:
+            return value
+        return self.minimum + round((value - self.minimum) / self.step) * self.step
 
     @property
     def range(self) -> str:
@@ -58,14 +64,17 @@ def read_options(tables: Sequence[Mapping[str, Any]], source: str) -> tuple[Meth
     Raises
     ------
     UsageError
-        If a field is missing, unknown or of the wrong type, a level is unknown, a step is below
-        0, a default is not allowed, or two options have one name.
+        If a field is missing, unknown or of the wrong type, a level is unknown, a number is
+        not finite, a step does not fit, a default is not allowed, or two options have one name.
     """
     found = []
     for table in tables:
         known = {item.name: str(item.type) for item in fields(MethodOption)}
         values: dict[str, Any] = {}
-        odd = ", ".join(sorted((table.keys() | {"step"}) ^ known.keys()))
+        lacks = {
+            item.name for item in fields(MethodOption) if item.default is MISSING
+        } - table.keys()
+        odd = ", ".join(sorted(lacks | (table.keys() - known.keys())))
         if odd:
             raise UsageError(
                 f"{source}: an option of the method card lacks or has too much: {odd}"
@@ -74,12 +83,16 @@ def read_options(tables: Sequence[Mapping[str, Any]], source: str) -> tuple[Meth
             number = isinstance(value, float | int) and not isinstance(value, bool)
             if number != (known[key] == "float") or not isinstance(value, float | int | str):
                 raise UsageError(f"{source}: options: {key} must be {known[key]}, not {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{source}: options: {key} must be finite")
             values[key] = float(value) if number else value
         option = MethodOption(**values)
-        if option.level not in LEVELS or option.step < 0 or not option.allows(option.default):
+        steps = (option.maximum - option.minimum) / option.step if option.step else 1
+        sound = option.level in LEVELS and 1 <= steps <= _MOST_STEPS
+        if not (sound and option.allows(option.default)):
             raise UsageError(
-                f"{source}: option {option.name}: level must be {' or '.join(LEVELS)}, no step "
-                "below 0, and the default in the range and on a step"
+                f"{source}: option {option.name}: level must be {' or '.join(LEVELS)}, the step 0 "
+                "or a part of the range, and the default in the range and on a step"
             )
         found.append(option)
     if len({option.name for option in found}) < len(found):
@@ -122,7 +135,7 @@ def options_for(
             raise UsageError(
                 f"--method-option {word}: give {name} once, as a number from {option.range}"
             )
-        values[name] = value
+        values[name] = option.nearest(value)
         seen.add(name)
     return values
 
