@@ -44,11 +44,11 @@ class RealLesions(Table):
         "Contrast and volume as in `lesions`, compared with the input's (1: the same)."
     )
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("contrast_before", "contrast of the input", "", 3),
-        Column("contrast", "contrast", "", 3),
+        Column("contrast_before", "contrast of the input", "", 3, shown=False),
+        Column("contrast", "contrast", "", 3, shown=False),
         Column("contrast_to_input", "contrast / input's", "", 2, "one"),
         Column("volume_to_input", "volume / input's", "", 2, "one"),
-        Column("marked", "marked in FLAIR", "mL", 2),
+        Column("marked", "marked in FLAIR", "mL", 2, shown=False),
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", *(trial.label for trial in TRIALS),
