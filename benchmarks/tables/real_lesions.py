@@ -113,10 +113,13 @@ def bright_in_white_matter(
     spacing
         Voxel size in mm.
     """
-    away = ndimage.distance_transform_edt(~white, sampling=tuple(spacing))
-    whole = mask & (ndimage.distance_transform_edt(away <= _CLOSED_MM, sampling=tuple(spacing))
-                    > _CLOSED_MM)  # fmt: skip
-    deep = np.asarray(ndimage.distance_transform_edt(whole, sampling=tuple(spacing))) > _DEPTH_MM
+
+    def depth(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Distance to the nearest voxel that is not inside, mm."""
+        return np.asarray(ndimage.distance_transform_edt(inside, sampling=tuple(spacing)))
+
+    closed = depth(depth(~white) <= _CLOSED_MM) > _CLOSED_MM
+    deep = depth(mask & closed) > _DEPTH_MM
     wide = [_SMOOTH_MM / z for z in spacing]
     weight = ndimage.gaussian_filter(white.astype(float), wide)
     usual = ndimage.gaussian_filter(flair * white, wide) / np.maximum(weight, 1e-3)

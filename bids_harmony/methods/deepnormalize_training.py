@@ -197,6 +197,15 @@ def _adversary(networks: NormalizerNetworks, preset: Preset) -> Adversary | None
     )
 
 
+def _fixed_batches(
+    side: int, brains: Sequence[LabelledBrain], sites: Sequence[str], seed: int
+) -> list[TissueBatch]:
+    """Cubes for scores: the same for the same seed."""
+    drawer = TissueDrawer(brains, sites, side=side, count=_AT_ONCE)
+    source = torch.Generator().manual_seed(seed)
+    return [drawer(source) for _ in range(_CHECKED // _AT_ONCE)]
+
+
 def held_out_score(
     networks: NormalizerNetworks,
     brains: Sequence[LabelledBrain],
@@ -209,9 +218,7 @@ def held_out_score(
     The latter is the Jensen-Shannon divergence (bits) of their intensities, times a tenth of
     lambda: the discriminator's own loss changes with the discriminator.
     """
-    drawer = TissueDrawer(brains, sites, side=networks.side, count=_AT_ONCE)
-    source = torch.Generator().manual_seed(seed + 7)
-    batches = [drawer(source) for _ in range(_CHECKED // _AT_ONCE)]
+    batches = _fixed_batches(networks.side, brains, sites, seed + 7)
 
     def score() -> float:
         device = next(networks.parameters()).device
@@ -241,12 +248,10 @@ def discriminator_scores(
     judge = networks.discriminator
     if judge is None:
         return {}
-    drawer = TissueDrawer(brains, sites, side=networks.side, count=_AT_ONCE)
-    source = torch.Generator().manual_seed(seed + 8)
     device = next(networks.parameters()).device
     right, total, taken = 0, 0, torch.zeros(len(sites) + 1)
-    for _ in range(_CHECKED // _AT_ONCE):
-        batch = TissueBatch(*(part.to(device) for part in drawer(source)))
+    for drawn_batch in _fixed_batches(networks.side, brains, sites, seed + 8):
+        batch = TissueBatch(*(part.to(device) for part in drawn_batch))
         real = judge(batch.clean).argmax(1)
         drawn = judge(networks.normalize(batch.shown, batch.mask)).argmax(1)
         right += int((real == batch.sites).sum() + (drawn == len(sites)).sum())
