@@ -504,6 +504,12 @@ def test_debugging_aids(tiny, bundle, transforms, tmp_path):
     assert not config.resource_monitor  # later interfaces of this process leave no traces
 
 
+def test_a_page_does_not_wait_for_other_participants(done):
+    pages = [(done.out_dir / f"sub-0{k}.html").stat().st_mtime_ns for k in range(1, 5)]
+    scans = [out_file(done.out_dir, f"0{k}").stat().st_mtime_ns for k in range(1, 5)]
+    assert min(pages) < max(scans)
+
+
 def test_reports_only_before_any_run(tiny, bundle, tmp_path):
     options = ["--model", bundle, "--reports-only", *serial(tmp_path / "work")]
     ran = call(tiny.root, tmp_path / "out", "participant", *options)

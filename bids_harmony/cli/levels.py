@@ -17,13 +17,7 @@ from bids_harmony.cli.fitting import (
     target_of,
     training_of,
 )
-from bids_harmony.cli.outputs import (
-    claim_desc,
-    prepare_out_dir,
-    write_logs,
-    write_pages,
-    write_root,
-)
+from bids_harmony.cli.outputs import Pages, claim_desc, prepare_out_dir, write_logs, write_root
 from bids_harmony.cli.progress import Progress, run_line
 from bids_harmony.config import DEFAULT_METHOD, PROGRESS, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
@@ -129,18 +123,18 @@ def _participant(context: Context) -> ExitCode:
             claim_desc(config.out_dir, label, target, write=not config.dry_run)
     if config.dry_run:
         return _plan(context, scans, problems, target, job)
-    subjects = sorted({s.subject for s in scans} | {p.subject for p in problems})
+    pages = Pages(config, job.prep, target, scans, problems) if target else None
     if config.reports_only or config.boilerplate_only:
         write_logs(config, context.uuid, [], job.prep, target)
-        if config.reports_only:
-            write_pages(config, subjects, [], job.prep, target)
+        if pages is not None and config.reports_only:
+            for subject in pages.subjects:
+                pages.write(subject)
         return ExitCode.OK
     write_root(config, _descriptions(config.desc, target))
     write_logs(config, context.uuid, None, job.prep, target)
-    outcomes = _harmonize(context, scans, problems, target, job)
+    outcomes = _harmonize(context, scans, problems, target, job, pages)
     write_logs(config, context.uuid, outcomes, job.prep, target)
     if target is not None:
-        write_pages(config, subjects, outcomes, job.prep, target, scans)
         print(f"reports: {config.out_dir / 'sub-*.html'}")
     return _exit_code(outcomes)
 
@@ -151,8 +145,9 @@ def _harmonize(
     problems: Sequence[ScanProblem],
     target: Target | None,
     job: Job,
+    pages: Pages | None,
 ) -> list[Outcome]:
-    """Adapt where it is needed, then do every scan."""
+    """Adapt where it is needed, then do every scan; a participant's page follows its last."""
     outcomes = [_refused(p) for p in problems]
     todo = list(scans)
     if target is not None:
@@ -163,10 +158,16 @@ def _harmonize(
             forget_sections([scan for scan in todo if scan.stem in stems], job)
             todo = [scan for scan in todo if scan.stem not in stems]
     progress = Progress(len(outcomes) + len(todo))
+
+    def tell(outcome: Outcome) -> None:
+        progress(outcome)
+        if pages is not None:
+            pages(outcome)
+
     try:
         for outcome in outcomes:
-            progress(outcome)
-        outcomes += harmonize_scans(todo, target, job, progress)
+            tell(outcome)
+        outcomes += harmonize_scans(todo, target, job, tell)
     finally:
         progress.close()
     print(run_line(outcomes, progress.seconds))

@@ -7,13 +7,14 @@ import logging
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bids_harmony._version import __version__
 from bids_harmony.bids.dataset import container_info, write_dataset
-from bids_harmony.bids.scan import Scan
+from bids_harmony.bids.scan import Scan, ScanProblem
 from bids_harmony.bids.write import atomic_write_text, output_error, write_json
 from bids_harmony.config import Config
 from bids_harmony.errors import OutputError, UsageError
@@ -123,57 +124,83 @@ def write_logs(
             atomic_write_text(path, f"{outcome.message}\n\n{outcome.traceback}\n")
 
 
-def write_pages(
-    config: Config,
-    subjects: Sequence[str],
-    outcomes: Sequence[Outcome],
-    prep: Preprocessing,
-    target: Target | None,
-    scans: Sequence[Scan] = (),
-) -> None:
-    """One page per participant from the sections of its scans, those of earlier runs too."""
-    by_stem = {s.stem: s for s in scans}
-    for outcome in outcomes:
-        if outcome.status in ("refused", "failed"):
-            scan = by_stem.get(outcome.stem)
-            html = render_failure(
-                outcome.stem,
-                outcome.message,
-                outcome.traceback[-3000:] if outcome.status == "failed" else "",
-                status=outcome.status,
-                desc=config.desc,
-                method=target.title if target else "",
-                site=scan.site if scan else "n/a",
-            )
-            name = f"{outcome.stem}_desc-{config.desc}.failed.html"
-            atomic_write_text(_figures(config.out_dir, outcome.subject) / name, html)
-        else:
-            name = f"{outcome.stem}_desc-{config.desc}.failed.html"
-            (_figures(config.out_dir, outcome.subject) / name).unlink(missing_ok=True)
-    for subject in subjects:
-        _write_page(config, subject, prep, target)
-
-
 def _figures(out_dir: Path, subject: str) -> Path:
     return out_dir / f"sub-{subject}" / "figures"
 
 
-def _write_page(config: Config, subject: str, prep: Preprocessing, target: Target | None) -> None:
-    parts = sorted(_figures(config.out_dir, subject).glob("*.html"))
-    if not parts:
-        LOG.warning("sub-%s: nothing to report, no scan of it was harmonized here", subject)
-        return
-    fragments = [p.read_text() for p in parts]
-    for path, fragment in zip(parts, fragments, strict=True):
-        if UNDRAWN in fragment:
-            LOG.warning("%s: %s", path.stem, UNDRAWN)
-    page = render_page(
-        subject,
-        fragments,
-        version=__version__,
-        command_line=shlex.join(["bids_harmony", *sys.argv[1:]]),
-        methods=target.text(prep) if target else "",
-        citations=target.citations if target else (),
-        dataset=config.bids_dir.name,
-    )
-    atomic_write_text(config.out_dir / f"sub-{subject}.html", page)
+class Pages:
+    """Writes each participant's page as soon as the last of its scans has an outcome.
+
+    A page has the sections of all of its scans, those of earlier runs too.
+
+    Parameters
+    ----------
+    config, prep, target
+        Of the run.
+    scans, problems
+        Of the run: every one will have an outcome.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prep: Preprocessing,
+        target: Target,
+        scans: Sequence[Scan],
+        problems: Sequence[ScanProblem],
+    ) -> None:
+        self._config, self._prep, self._target = config, prep, target
+        self._scans = {scan.stem: scan for scan in scans}
+        self._left = Counter([*(s.subject for s in scans), *(p.subject for p in problems)])
+
+    @property
+    def subjects(self) -> list[str]:
+        """All who get a page."""
+        return sorted(self._left)
+
+    def __call__(self, outcome: Outcome) -> None:
+        self._write_failure(outcome)
+        self._left[outcome.subject] -= 1
+        if self._left[outcome.subject] == 0:
+            self.write(outcome.subject)
+
+    def _write_failure(self, outcome: Outcome) -> None:
+        """Section of a scan that came to nothing; remove that of an earlier run otherwise."""
+        config = self._config
+        name = f"{outcome.stem}_desc-{config.desc}.failed.html"
+        path = _figures(config.out_dir, outcome.subject) / name
+        if outcome.status not in ("refused", "failed"):
+            path.unlink(missing_ok=True)
+            return
+        scan = self._scans.get(outcome.stem)
+        html = render_failure(
+            outcome.stem,
+            outcome.message,
+            outcome.traceback[-3000:] if outcome.status == "failed" else "",
+            status=outcome.status,
+            desc=config.desc,
+            method=self._target.title,
+            site=scan.site if scan else "n/a",
+        )
+        atomic_write_text(path, html)
+
+    def write(self, subject: str) -> None:
+        """Write one page from the sections that are there."""
+        parts = sorted(_figures(self._config.out_dir, subject).glob("*.html"))
+        if not parts:
+            LOG.warning("sub-%s: nothing to report, no scan of it was harmonized here", subject)
+            return
+        fragments = [p.read_text() for p in parts]
+        for path, fragment in zip(parts, fragments, strict=True):
+            if UNDRAWN in fragment:
+                LOG.warning("%s: %s", path.stem, UNDRAWN)
+        page = render_page(
+            subject,
+            fragments,
+            version=__version__,
+            command_line=shlex.join(["bids_harmony", *sys.argv[1:]]),
+            methods=self._target.text(self._prep),
+            citations=self._target.citations,
+            dataset=self._config.bids_dir.name,
+        )
+        atomic_write_text(self._config.out_dir / f"sub-{subject}.html", page)
