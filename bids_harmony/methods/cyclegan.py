@@ -36,7 +36,7 @@ from bids_harmony.training.translation import (
 
 _CHECKS = 8
 
-_CPU = Preset(2.0, 16, 3, 2, Plan(4000, 5e-4, every=200, patience=20))
+_CPU = Preset(2.0, 16, 3, 2, Plan(2000, 5e-4, every=100, patience=20))
 _PAPER = Preset(1.0, 64, 3, 4, Plan(60_000, 2e-4, every=1000, patience=60), judge_rate=2e-4)
 
 

@@ -39,7 +39,7 @@ from bids_harmony.training.translation import (
 _CHECKS = 8
 _SLICES = 12  # across each axis, of which the style is the mean
 
-_CPU = Preset(2.0, 16, 2, 3, Plan(4000, 5e-4, every=200, patience=20))
+_CPU = Preset(2.0, 16, 2, 3, Plan(2400, 5e-4, every=150, patience=16))
 _PAPER = Preset(1.0, 48, 3, 8, Plan(60_000, 1e-4, every=1000, patience=60), judge_rate=1e-4)
 
 

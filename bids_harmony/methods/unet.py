@@ -33,7 +33,7 @@ LOG = logging.getLogger("bids_harmony")
 _CHECKS = 8
 _GAIN = 1e-3  # bits of mutual information that are worth an interpolation
 
-_CPU = Preset(2.0, 16, 3, 8, Plan(4000, 1e-3, every=200, patience=10))
+_CPU = Preset(2.0, 16, 3, 8, Plan(2400, 1e-3, every=150, patience=10))
 _PAPER = Preset(1.0, 32, 4, 16, Plan(40_000, 5e-4, every=1000, patience=15))
 
 Pair = tuple[SiteBrain, SiteBrain]
