@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import nibabel as nb
 import numpy as np
 import pytest
 from conftest import DataSet, call, give_transform, quick
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import wasserstein_distance
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
@@ -43,6 +45,11 @@ from bids_harmony.networks.deepnormalize import (  # noqa: E402
     NormalizerNetworks,
 )
 from bids_harmony.networks.unet3d import UNet3d  # noqa: E402
+from bids_harmony.training.common_appearance import (  # noqa: E402
+    CommonAppearance,
+    separation,
+    tissue_distance,
+)
 from bids_harmony.training.normalizer_losses import (  # noqa: E402
     WEIGHTS,
     deception,
@@ -54,6 +61,7 @@ from bids_harmony.training.normalizer_losses import (  # noqa: E402
 )
 from bids_harmony.training.plan import Plan  # noqa: E402
 from bids_harmony.training.tissue_cubes import (  # noqa: E402
+    LabelledBrain,
     TissueDrawer,
     bias_field,
     cut_cube,
@@ -93,13 +101,84 @@ def test_segmentation_loss_is_the_weighted_dice_of_each_class():
     assert float(segmentation_loss(perfect, whole - 1)) == pytest.approx(wrong, abs=1e-5)
 
 
-def test_deception_is_least_where_all_sites_are_as_likely():
+def test_deception_is_least_where_cubes_are_taken_for_any_site_s():
     even = torch.log(torch.tensor([[1 / 3, 1 / 3, 1 / 3, 1e-9]]))
-    assert float(deception(even)) == pytest.approx(np.log(3), abs=1e-6)
+    assert float(deception(even)) == pytest.approx(0, abs=1e-6)
     own_site = torch.log(torch.tensor([[0.98, 0.01, 0.01, 1e-9]]))  # what the identity gives
+    assert float(deception(own_site)) == pytest.approx(0, abs=1e-6)
     seen_through = torch.log(torch.tensor([[0.1, 0.1, 0.1, 0.7]]))
-    assert float(deception(own_site)) > float(deception(even)) + 1
-    assert float(deception(seen_through)) > float(deception(even)) + 1
+    assert float(deception(seen_through)) == pytest.approx(-np.log(0.3), abs=1e-5)
+
+
+def brain_of(site, means, spread=0.05, shape=(12, 12, 12), channels=1, seed=0):
+    """A third of the box is each tissue; of each channel the same intensities, drawn anew."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([1, 2, 3], shape[0] // 3)[:, None, None] * np.ones(shape, dtype=int)
+    noise = rng.normal(0, spread, (channels, *shape))
+    images = np.array([0, *means])[labels] + noise
+    mask = torch.ones(shape, dtype=torch.bool)
+    return LabelledBrain(
+        torch.from_numpy(images.astype(np.float32)), mask,
+        torch.from_numpy(labels.astype(np.uint8)), site, f"sub-{seed}", f"scan-{seed}",
+    )  # fmt: skip
+
+
+def test_separation_is_the_smaller_d_prime():
+    brain = brain_of("a", (0.2, 0.5, 0.9), spread=0.1)
+    values = [brain.images[0][brain.labels == k].numpy() for k in (1, 2, 3)]
+    primes = [
+        abs(a.mean() - b.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+        for a, b in pairwise(values)
+    ]
+    assert separation(brain) == pytest.approx(min(primes), rel=1e-5)
+    twice = replace(brain, images=torch.cat((brain.images, brain.images)))
+    assert separation(twice) == pytest.approx(min(primes) * np.sqrt(2), rel=1e-5)
+    assert separation(replace(brain, labels=brain.labels.clamp(max=2))) == 0
+
+
+def test_common_appearance_is_that_of_the_best_separated_site():
+    isointense = [brain_of("a", (0.5, 0.75, 0.85), seed=k) for k in (1, 2)]
+    adult = [brain_of("z", (0.3, 0.6, 0.9), seed=k) for k in (3, 4)]
+    found = CommonAppearance.of([*isointense, *adult], BRIGHTEST)
+    assert found.site == "z"
+    assert found.quantiles.shape == (1, 3, 32)
+    expected = np.mean(
+        [
+            [
+                np.quantile(b.images[0][b.labels == k], (np.arange(32) + 0.5) / 32)
+                for k in (1, 2, 3)
+            ]
+            for b in adult
+        ],
+        axis=0,
+    )
+    np.testing.assert_allclose(found.quantiles[0], expected, atol=1e-5)
+
+
+def test_tissue_distance_against_scipy():
+    wanted_brain, other = brain_of("z", (0.3, 0.6, 0.9), seed=1), brain_of("a", (0.5, 0.7, 0.8))
+    wanted = CommonAppearance.of([wanted_brain], BRIGHTEST)
+    expected = np.mean(
+        [
+            wasserstein_distance(
+                wanted_brain.images[0][wanted_brain.labels == k], b.images[0][b.labels == k]
+            )
+            for b in (wanted_brain, other) for k in (1, 2, 3)
+        ]
+    )  # fmt: skip
+    drawn = torch.stack((wanted_brain.images, other.images)).requires_grad_()
+    labels = torch.stack((wanted_brain.labels, other.labels)).long()
+    found = tissue_distance(drawn, labels, torch.tensor([0, 1]), wanted)
+    assert found.item() == pytest.approx(expected, rel=0.02)
+    found.backward()
+    assert float((drawn.grad[1] != 0).float().mean()) > 0.99  # every voxel is told where to go
+    step = (drawn - 100 * drawn.grad).detach()
+    assert float(tissue_distance(step, labels, torch.tensor([0, 1]), wanted)) < found.item()
+    # the first cube alone has nothing to change; a tissue of few voxels does not count
+    alone = tissue_distance(drawn[:1], labels[:1], torch.tensor([0]), wanted)
+    assert alone.item() == pytest.approx(0, abs=2e-3)  # 32 quantiles of 576 voxels
+    few = torch.where(torch.arange(12)[:, None, None] < 1, labels, 0)  # 144 voxels of CSF
+    assert tissue_distance(drawn, few, torch.tensor([0, 1]), wanted).item() == 0
 
 
 def networks(channels=1, sites=2, **kwargs):
@@ -153,19 +232,23 @@ def test_what_a_discriminator_says_is_counted():
     assert discriminator_scores(networks(discriminator=False), brains, ("a", "b"), 0) == {}
 
 
-def test_lambda_weighs_the_discriminator():
+def test_lambda_weighs_what_is_unlike():
     nets, batch = networks().eval(), drawer()(generator())
+    appearance = CommonAppearance.of([labelled_brain([v]) for v in VOLUMES], BRIGHTEST)
     drawn = nets.normalize(batch.shown, batch.mask)
     alone = segmentation_loss(nets.segment(drawn), batch.labels)
-    fooled = deception(nets.discriminator(drawn))
+    far = tissue_distance(drawn, batch.labels, batch.sites, appearance)
+    assert far > 0
+    unlike = deception(nets.discriminator(drawn)) + 2 * far
     for strength in (0.0, 0.1, 5.0):
-        found = normalizer_loss(nets, batch, strength).item()
-        assert found == pytest.approx((alone + strength * fooled).item(), abs=1e-5)
+        found = normalizer_loss(nets, batch, strength, appearance).item()
+        assert found == pytest.approx((alone + strength * unlike).item(), abs=1e-5)
     plain = networks(discriminator=False).eval()
     plain.load_state_dict(
         {k: v for k, v in nets.state_dict().items() if not k.startswith("discriminator")}
     )
-    assert normalizer_loss(plain, batch, 1.5).item() == pytest.approx(alone.item(), abs=1e-6)
+    found = normalizer_loss(plain, batch, 1.5, None).item()
+    assert found == pytest.approx(alone.item(), abs=1e-6)
 
 
 def test_divergence_against_scipy():

@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.stats import median_abs_deviation
 
 from benchmarks.data import copy_participant, need, write_description, write_participants
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table
@@ -125,8 +126,8 @@ def bright_in_white_matter(
     usual = ndimage.gaussian_filter(flair * white, wide) / np.maximum(weight, 1e-3)
     relative = flair / np.maximum(usual, np.finfo(np.float32).tiny)
     values = relative[white]
-    middle = float(np.median(values))
-    limit = middle + _BRIGHT * 1.4826 * float(np.median(np.abs(values - middle)))
+    spread = float(median_abs_deviation(values, scale="normal"))
+    limit = float(np.median(values)) + _BRIGHT * spread
     parts, count = ndimage.label((relative > limit) & deep)
     sizes = ndimage.sum_labels(np.ones(parts.shape), parts, np.arange(count + 1))
     large = sizes * float(np.prod(spacing)) / 1000 >= _LEAST_ML

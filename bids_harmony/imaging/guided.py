@@ -19,8 +19,7 @@ from bids_harmony.errors import ScanError
 FloatArray = NDArray[np.float32]
 #: Largest change of a voxel, of the intensity scale: more is invention, not harmonization.
 MOST_CHANGE = 0.5
-#: Share of the brain that may be cut at it without doubt.
-FEW_AT_BOUND = 0.01
+_FEW_AT_BOUND = 0.01  # of the brain: may be cut at it without doubt
 
 
 def guided_transfer(
@@ -101,3 +100,14 @@ def bounded_change(
     found = guided_transfer(scan, change, mask, radius=radius, noise=noise)
     at_bound = float((np.abs(found[mask]) > MOST_CHANGE).mean())
     return np.clip(found, -MOST_CHANGE, MOST_CHANGE), at_bound
+
+
+def bound_warnings(at_bound: float) -> list[str]:
+    """A sentence where more than 1 % of the brain was cut (`bounded_change`), or nothing."""
+    if at_bound <= _FEW_AT_BOUND:
+        return []
+    return [
+        f"The change of {at_bound:.0%} of the brain was cut at {MOST_CHANGE:g} of the intensity "
+        "scale: the networks wanted more than can be trusted. Look at the result before you use "
+        "it."
+    ]

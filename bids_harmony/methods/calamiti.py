@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
-from bids_harmony.imaging.guided import FEW_AT_BOUND, MOST_CHANGE
+from bids_harmony.imaging.guided import bound_warnings
 from bids_harmony.imaging.layout import Coarse
 from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
@@ -313,12 +313,7 @@ class Calamiti(NeuralMethod):
                 f"The model's encoders were adapted to site {self._site}; this scan is of "
                 f"{site}. Use the model that was adapted from."
             )
-        if at_bound > FEW_AT_BOUND:
-            doubts.append(
-                f"{at_bound:.0%} of the brain's voxels were to change by more than "
-                f"{MOST_CHANGE:g} of the scale and were held there. Look at the result before "
-                "you use it."
-            )
+        doubts += bound_warnings(at_bound)
         return doubts
 
     @property

@@ -14,7 +14,8 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.held_out import held_out_subjects
-from bids_harmony.networks.deepnormalize import NormalizerNetworks
+from bids_harmony.networks.deepnormalize import BRIGHTEST, NormalizerNetworks
+from bids_harmony.training.common_appearance import CommonAppearance
 from bids_harmony.training.fit import train_network
 from bids_harmony.training.normalizer_losses import (
     discriminator_loss,
@@ -170,11 +171,12 @@ def train_normalizer(
         learn[0].images.shape[0], len(sites), preset.widths, preset.side, strength > 0, generator
     )
     torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    appearance = CommonAppearance.of(learn, BRIGHTEST) if strength > 0 else None
     run = train_network(
         networks,
         name="normalizer",
         draw=TissueDrawer(learn, sites, side=preset.side, count=preset.batch),
-        loss=lambda batch, generator: normalizer_loss(networks, batch, strength),
+        loss=lambda batch, generator: normalizer_loss(networks, batch, strength, appearance),
         held_out=held_out_score(networks, apart, sites, strength, seed),
         plan=preset.plan.with_limit(training.minutes(1.0)),
         seed=seed,

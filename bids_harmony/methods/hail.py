@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.guided import FEW_AT_BOUND, MOST_CHANGE
+from bids_harmony.imaging.guided import MOST_CHANGE, bound_warnings
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
@@ -196,11 +196,7 @@ def _doubts(part: Part, error: float, drawing: Drawing, before: float, after: fl
             f"scans have {part.redrawing.mean:.2f}): it may be unlike all "
             "training scans. Look at the result before you use it."
         )
-    if drawing.at_bound > FEW_AT_BOUND:
-        found.append(
-            f"The change of {drawing.at_bound:.0%} of the brain was cut at {MOST_CHANGE:g} of the "
-            "intensity scale: the networks wanted more than can be trusted."
-        )
+    found += bound_warnings(drawing.at_bound)
     if after > max(before, _NEAR):
         found.append(
             "The scan's intensities are further from the examples' than before (distance "

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from bids_harmony.networks.deepnormalize import BRIGHTEST, CLASSES, NormalizerNetworks
+from bids_harmony.training.common_appearance import CommonAppearance, tissue_distance
 from bids_harmony.training.tissue_cubes import TissueBatch
 
 #: Of background, CSF, grey matter and white matter (paper, 2.1).
 WEIGHTS = (0.22, 0.30, 0.20, 0.28)
 _LEAST = 1.0  # voxels: epsilon of equation 1
 _BINS = 64
+_DISTANCE = 2.0  # weight of the distance from the common appearance, for each unit of lambda
 
 
 def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
@@ -59,27 +61,37 @@ def discriminator_loss(networks: NormalizerNetworks, batch: TissueBatch) -> Tens
 
 
 def deception(found: Tensor) -> Tensor:
-    """How far the discriminator is from taking generated cubes for any site's alike.
+    """How sure the discriminator is that generated cubes are generated (paper, equation 3).
 
-    Cross-entropy to equal probabilities of all real sites. The paper asks only that the class of
-    generated cubes be unlikely (equation 3), which the identity satisfies as well: each scan then
-    looks like its own site. Equal probabilities are what its theorem expects in the end.
+    The paper minimises the logarithm of their class's probability; ``-log(1 - p)`` has its
+    minimum in the same place and a gradient where the discriminator is sure.
 
     Parameters
     ----------
     found
         Logarithms of probabilities (B, sites + 1).
     """
-    return -found[:, :-1].mean()
+    return -found[:, :-1].logsumexp(1).mean()
 
 
-def normalizer_loss(networks: NormalizerNetworks, batch: TissueBatch, strength: float) -> Tensor:
-    """Segmentation loss of the normalized cubes, and `strength` (lambda) times `deception`."""
+def normalizer_loss(
+    networks: NormalizerNetworks,
+    batch: TissueBatch,
+    strength: float,
+    appearance: CommonAppearance | None,
+) -> Tensor:
+    """Segmentation loss of normalized cubes, and `strength` (lambda) times how unlike they are.
+
+    That is `deception` plus, twice as much, the `tissue_distance` from the common appearance.
+    Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
+    Without discriminator the segmentation loss alone counts.
+    """
     drawn = networks.normalize(batch.shown, batch.mask)
     loss = segmentation_loss(networks.segment(drawn), batch.labels)
-    if networks.discriminator is None:
+    if networks.discriminator is None or appearance is None:
         return loss
-    return loss + strength * deception(networks.discriminator(drawn))
+    far = tissue_distance(drawn, batch.labels, batch.sites, appearance)
+    return loss + strength * (deception(networks.discriminator(drawn)) + _DISTANCE * far)
 
 
 def histograms(drawn: Tensor, mask: Tensor, sites: Tensor, count: int) -> Tensor:

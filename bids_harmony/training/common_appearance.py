@@ -1,0 +1,120 @@
+"""The appearance that deepNormalize gives the scans of all sites, tissue by tissue.
+
+It is that of the training site whose tissues are told apart best. The paper leaves it to the
+adversarial game; a discriminator that knows every site sees through whatever lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bids_harmony.imaging.tissues import TISSUES
+from bids_harmony.training.tissue_cubes import LabelledBrain
+
+_LEVELS = 32
+_FEWEST = 200  # voxels of a tissue that say how its intensities are distributed
+
+
+@dataclass(frozen=True)
+class CommonAppearance:
+    """Intensities that each tissue shall have.
+
+    Attributes
+    ----------
+    site
+        Whose scans have them.
+    quantiles
+        Shape (channels, 3, 32): CSF, grey and white matter; mean over the site's brains.
+    """
+
+    site: str
+    quantiles: Tensor
+
+    @classmethod
+    def of(cls, brains: Sequence[LabelledBrain], brightest: float) -> CommonAppearance:
+        """That of the site with the best `separation`, on average over its brains.
+
+        Parameters
+        ----------
+        brains
+            Of the training, not empty.
+        brightest
+            Intensities above are cut: none is drawn.
+        """
+        of_site: dict[str, list[LabelledBrain]] = {}
+        for brain in brains:
+            of_site.setdefault(brain.site, []).append(brain)
+        means = {site: sum(map(separation, group)) / len(group) for site, group in of_site.items()}
+        site = max(sorted(means), key=lambda name: means[name])
+        found = [
+            [
+                _quantiles(brain.images[:, brain.labels == tissue].clamp(0, brightest))
+                for tissue in TISSUES.values()
+            ]
+            for brain in of_site[site]
+        ]
+        rows = [torch.stack(tissues, dim=1) for tissues in found]
+        return cls(site, torch.stack(rows).nanmean(0))
+
+
+def separation(brain: LabelledBrain) -> float:
+    """How well neighbouring tissues are told apart by intensity, in pooled standard deviations.
+
+    The smaller of CSF from grey and grey from white matter (d'; of several modalities the root of
+    the sum of squares). 0 where a tissue is missing.
+    """
+    apart = []
+    for first, second in pairwise(TISSUES.values()):
+        a, b = (brain.images[:, brain.labels == tissue].double() for tissue in (first, second))
+        if min(a.shape[1], b.shape[1]) < _FEWEST:
+            return 0.0
+        spread = (a.var(1) + b.var(1)) / 2
+        apart.append(float(((a.mean(1) - b.mean(1)).square() / spread).sum().sqrt()))
+    return min(apart)
+
+
+def tissue_distance(
+    drawn: Tensor, labels: Tensor, sites: Tensor, appearance: CommonAppearance
+) -> Tensor:
+    """How far the tissues of each site's cubes are from the common appearance.
+
+    Mean over sites, tissues and channels of the 1-Wasserstein distance of intensities. A tissue
+    with few voxels in a site's cubes is left out.
+
+    Parameters
+    ----------
+    drawn, labels, sites
+        Normalized cubes (B, C, X, Y, Z), their tissues (B, X, Y, Z) and sites (B,).
+    appearance
+        Wanted.
+    """
+    wanted = appearance.quantiles.to(drawn.device)
+    distances = []
+    for site in sites.unique():
+        for place, tissue in enumerate(TISSUES.values()):
+            chosen = (labels == tissue) & (sites == site)[:, None, None, None]
+            if int(chosen.sum()) >= _FEWEST and not wanted[:, place].isnan().any():
+                found = drawn.movedim(1, 0)[:, chosen].sort(dim=1).values
+                distances.append((found - _read(wanted[:, place], found.shape[1])).abs().mean())
+    return torch.stack(distances).mean() if distances else drawn.sum() * 0
+
+
+def _read(quantiles: Tensor, count: int) -> Tensor:
+    """Quantiles (C, 32) at `count` levels, (C, count), linear in between."""
+    levels = (torch.arange(count, device=quantiles.device) + 0.5) / count
+    place = (levels * _LEVELS - 0.5).clamp(0, _LEVELS - 1)
+    below = place.floor().long().clamp(max=_LEVELS - 2)
+    return torch.lerp(quantiles[:, below], quantiles[:, below + 1], place - below)
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """Quantiles of each channel (C, N), (C, 32); not a number where there are few values."""
+    if values.shape[1] < _FEWEST:
+        return values.new_full((len(values), _LEVELS), float("nan"))
+    levels = (torch.arange(_LEVELS, device=values.device) + 0.5) / _LEVELS
+    return torch.quantile(values.float(), levels, dim=1).T
