@@ -37,7 +37,7 @@ _CPU = Preset(
     side=32,
     batch=6,
     plan=Plan(1200, 2e-3, every=100, patience=10, half=False, weight_decay=1e-5),
-    judge_rate=5e-4,
+    judge_rate=2e-4,
 )
 _PAPER = Preset(
     resolution=1.0,

@@ -16,7 +16,7 @@ from bids_harmony.training.tissue_cubes import TissueBatch
 WEIGHTS = (0.22, 0.30, 0.20, 0.28)
 _LEAST = 1.0  # voxels: epsilon of equation 1
 _BINS = 64
-_DISTANCE = 2.0  # weight of the distance from the common appearance, for each unit of lambda
+_DISTANCE = 6.0  # weight of the distance from the common appearance, for each unit of lambda
 
 
 def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
@@ -82,15 +82,17 @@ def normalizer_loss(
 ) -> Tensor:
     """Segmentation loss of normalized cubes, and `strength` (lambda) times how unlike they are.
 
-    That is `deception` plus, twice as much, the `tissue_distance` from the common appearance.
-    Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
-    Without discriminator the segmentation loss alone counts.
+    That is `deception` plus, six times as much, the `tissue_distance` from the common appearance,
+    of cubes without a bias field: whole tissues are far from it under one, and their sites' small
+    differences were not learned. Deception alone is satisfied by the identity, which leaves each
+    scan the look of its own site. Without discriminator the segmentation loss alone counts.
     """
     drawn = networks.normalize(batch.shown, batch.mask)
     loss = segmentation_loss(networks.segment(drawn), batch.labels)
     if networks.discriminator is None or appearance is None:
         return loss
-    far = tissue_distance(drawn, batch.labels, batch.sites, appearance)
+    clean = (batch.shown == batch.clean).flatten(1).all(1)
+    far = tissue_distance(drawn[clean], batch.labels[clean], batch.sites[clean], appearance)
     return loss + strength * (deception(networks.discriminator(drawn)) + _DISTANCE * far)
 
 
