@@ -35,8 +35,10 @@ from benchmarks.trials import (
     letters,
     model_for,
     note,
+    only_these,
     scans_of,
     timings,
+    training_scans,
 )
 from benchmarks.view import View
 from bids_harmony.bids.names import derivative_path
@@ -239,7 +241,7 @@ def run_table(table: Table, trials: Sequence[Trial], data: Path, settings: Setti
     trained = settings.work / table.models_of if table.models_of else None
     prep = Prepared(cohort, folder, settings, trained)
     rows = Rows(folder / "rows.csv", [c.name for c in table.columns])
-    _preprocess(table, prep)
+    _preprocess(table, trials, prep)
     for trial in trials:
         _run_trial(table, trial, prep, rows)
     rows.order(table.trials)
@@ -278,20 +280,22 @@ def forget(table: Table, labels: Sequence[str], work: Path) -> None:
     rows.drop(set(labels))
 
 
-def _preprocess(table: Table, prep: Prepared) -> None:
-    """Masks, bias fields and transforms of all scans; the wall time is kept for `none`."""
-    tested = sorted({s.subject for case in prep.cohort.cases for s in case.scans})
-    wanted = sorted({*tested, *prep.cohort.training, *prep.cohort.travellers})
-    scans = scans_of(prep.cohort.bids_dir, wanted)
-    done = [derivative_path(prep.out_dir, s, desc="brain", suffix="mask").is_file() for s in scans]
-    if all(done):
-        return
-    wall, cpu = prep.run(
-        "participant", "--level", "minimal", "--participant-label", *wanted,
-        *table.arguments(prep.cohort),
-    )  # fmt: skip
-    count = done.count(False)
-    note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
+def _preprocess(table: Table, trials: Sequence[Trial], prep: Prepared) -> None:
+    """Masks, bias fields and transforms of the scans; the wall time is kept for `none`."""
+    cohort = prep.cohort
+    tested = sorted({s.subject for case in cohort.cases for s in case.scans})
+    groups = [scans_of(cohort.bids_dir, sorted({*tested, *cohort.training}))]
+    groups += [training_scans(trial, cohort) for trial in trials if trial.travellers]
+    for scans in groups:
+        masks = [derivative_path(prep.out_dir, s, desc="brain", suffix="mask") for s in scans]
+        done = [mask.is_file() for mask in masks]
+        if all(done):
+            continue
+        wall, cpu = prep.run(
+            "participant", "--level", "minimal", *only_these(scans), *table.arguments(cohort)
+        )
+        count = done.count(False)
+        note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
 
 
 def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:

@@ -128,15 +128,15 @@ def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
     if not trial.by_example:
         folder = prep.model(_name(trial.label, to, prep.cohort.reference))
         if not is_bundle(folder):
-            people = _training(trial, prep, only="" if trial.of_several_sites else to)
-            _train(table, trial, folder, prep, to, people)
+            scans = training_scans(trial, prep.cohort, only="" if trial.of_several_sites else to)
+            _train(table, trial, folder, prep, to, scans)
         return folder
     home = _home(trial, prep.cohort)
     networks = prep.model(trial.networks_of or trial.label)
     if not is_bundle(networks):
         if trial.networks_of:
             raise MissingInputError(f"{networks} does not exist; try {trial.networks_of} first")
-        _train(table, trial, networks, prep, home, _training(trial, prep))
+        _train(table, trial, networks, prep, home, training_scans(trial, prep.cohort))
     if to != home or trial.one_example:
         networks = _towards(table, trial, networks, to, prep)
     return _adapted(table, trial, networks, to, prep) if trial.adapt_to else networks
@@ -157,13 +157,13 @@ def _towards(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared
     suffix = "-by-one" if trial.one_example else ""
     folder = prep.model(f"{networks.name}-to-{to}{suffix}")
     if not is_bundle(folder):
-        shown, wanted = to, _training(trial, prep, only=to, anywhere=True)
+        shown, wanted = to, training_scans(trial, prep.cohort, only=to, anywhere=True)
         if trial.one_example:
-            shown = example_of(prep.cohort, to).subject
-            wanted = [shown]
+            example = example_of(prep.cohort, to)
+            shown, wanted = example.subject, [example]
         prep.run(
             "train", "--model", str(networks), "--reference", shown, "--name", folder.name,
-            "--participant-label", *wanted, *_device(trial, prep), *table.arguments(prep.cohort),
+            *only_these(wanted), *_device(trial, prep), *table.arguments(prep.cohort),
         )  # fmt: skip
     return folder
 
@@ -172,40 +172,47 @@ def _adapted(table: Table, trial: Trial, networks: Path, to: str, prep: Prepared
     """The networks, trained on with the training scans of a new site."""
     folder = prep.model(f"{trial.label}-to-{to}")
     if not is_bundle(folder):
-        people = _training(trial, prep, only=trial.adapt_to, anywhere=True)
+        scans = training_scans(trial, prep.cohort, only=trial.adapt_to, anywhere=True)
         print(f"{table.name}: training {trial.label} on", flush=True)
         modalities = trial.train[trial.train.index("--modality") :]
         wall, cpu = prep.run(
             "train", "--model", str(networks), "--adapt-to", trial.adapt_to,
-            "--name", folder.name, "--participant-label", *people, *modalities,
+            "--name", folder.name, *only_these(scans), *modalities,
             *_device(trial, prep), *table.arguments(prep.cohort), *_limit(trial, prep),
         )  # fmt: skip
         note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
     return folder
 
 
-def _training(
-    trial: Trial, prep: Prepared, *, only: str = "", anywhere: bool = False
-) -> list[str]:
-    """Participants to learn from: of the trial's sites (or, with `anywhere`, of all), or of one.
+def training_scans(
+    trial: Trial, cohort: Cohort, *, only: str = "", anywhere: bool = False
+) -> list[Scan]:
+    """Scans to learn from: of the trial's sites (or, with `anywhere`, of all), or of one.
 
     Raises
     ------
     MissingInputError
         If there is none.
     """
-    cohort = prep.cohort
+    people = cohort.travellers if trial.travellers else cohort.training
     found = [
-        scan.subject
-        for scan in scans_of(
-            cohort.bids_dir, cohort.travellers if trial.travellers else cohort.training
-        )
+        scan
+        for scan in scans_of(cohort.bids_dir, people)
         if (anywhere or not trial.sites or scan.site in trial.sites)
         and (not only or scan.site == only)
     ]
     if not found:
         raise MissingInputError(f"{trial.label}: the cohort has no training scan of {only}")
-    return sorted(set(found))
+    return found
+
+
+def only_these(scans: Sequence[Scan]) -> list[str]:
+    """Options of the command line that name the participants and sessions of scans."""
+    labels = sorted({scan.subject for scan in scans})
+    sessions = sorted({scan.session for scan in scans if scan.session})
+    return [
+        "--participant-label", *labels, *(("--session-label", *sessions) if sessions else ()),
+    ]  # fmt: skip
 
 
 def _train(
@@ -214,12 +221,12 @@ def _train(
     folder: Path,
     prep: Prepared,
     reference: str,
-    people: Sequence[str],
+    scans: Sequence[Scan],
 ) -> None:
     print(f"{table.name}: training {folder.name}", flush=True)
     wall, cpu = prep.run(
         "train", "--method", str(trial.method), "--reference", reference,
-        "--name", folder.name, "--participant-label", *people,
+        "--name", folder.name, *only_these(scans),
         *_device(trial, prep), *table.arguments(prep.cohort), *trial.train, *_limit(trial, prep),
     )  # fmt: skip
     note(prep.folder, trial.label, train_seconds=wall, train_cpu_seconds=cpu)
@@ -236,12 +243,10 @@ def harmonized(
     missing = [k for k, path in paths.items() if not path.is_file()]
     if missing:
         print(f"{table.name}: harmonizing {len(missing)} scans with {bundle.name}", flush=True)
-        sessions = sorted({scans[k].session or "" for k in missing} - {""})
         wall, cpu = prep.run(
             "participant", "--model", str(bundle), "--desc", desc,
             "--output-spaces", "native",
-            "--participant-label", *sorted({scans[k].subject for k in missing}),
-            *(("--session-label", *sessions) if sessions else ()),
+            *only_these([scans[k] for k in missing]),
             *_device(trial, prep), *table.arguments(prep.cohort), *trial.participant,
         )  # fmt: skip
         count = len(missing)

@@ -153,6 +153,27 @@ def test_transformations(tmp_path):
     np.testing.assert_array_equal(found.affine, np.diag([1, 2, 3, 1.0]))
 
 
+def test_a_comparator_learns_one_transformation_back(tmp_path):
+    table, trials = module("tables.blindharmony"), module("trials")
+    rng = np.random.default_rng(0)
+    for label in (*table.TRAINING, *table.TESTED):
+        path = tmp_path / "data" / f"sub-{label}" / "anat" / f"sub-{label}_T1w.nii.gz"
+        path.parent.mkdir(parents=True)
+        data = rng.uniform(100, 1000, (20, 20, 20)).astype(np.float32)
+        nb.Nifti1Image(data, np.eye(4)).to_filename(path)
+    cohort = table.BlindHarmony().prepare(tmp_path / "data", tmp_path / "work")
+    (trial,) = (t for t in table.TRIALS if t.label == "unet-exp")
+    scans = trials.training_scans(trial, cohort)
+    assert len(scans) == 2 * len(table.TRAVELLERS)
+    assert trials.only_these(scans) == [
+        "--participant-label", *cohort.travellers, "--session-label", "exp", "novosibirsk",
+    ]  # fmt: skip
+    assert not {s.subject for s in scans} & {s.subject for c in cohort.cases for s in c.scans}
+    of = {s.site: nb.load(s.path).get_fdata() for s in scans if s.subject == "nov52ways"}
+    top = np.percentile(of["novosibirsk"], 99.9)
+    np.testing.assert_allclose(of["exp"] / top, np.expm1(of["novosibirsk"] / top) / np.expm1(1))
+
+
 def test_cut_keeps_voxels_in_place(tmp_path):
     data, affine = Brains().brain("A", 3)
     wide = np.pad(data, ((20, 5), (30, 2), (12, 14)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Table
-from benchmarks.tables import by_example, real_sites, tissues
-from benchmarks.tables.blindharmony import BlindHarmony
+from benchmarks.tables import blindharmony, by_example, real_sites, tissues
 from benchmarks.tables.lesions import Lesions
 from benchmarks.tables.real_lesions import RealLesions
 from benchmarks.tables.real_pair import RealPair
@@ -14,7 +13,7 @@ from benchmarks.trials import Trial
 TABLES: dict[str, Table] = {
     t.name: t
     for t in (
-        BlindHarmony(),
+        blindharmony.BlindHarmony(),
         Travelling(),
         RealPair(),
         by_example.ByExample(),
@@ -35,6 +34,7 @@ TRIALS: dict[str, Trial] = {
         Trial("wm-peak", "wm-peak"),
         Trial("harmonizing-flows", "harmonizing-flows", ("--preset", "cpu"), neural=True),
         Trial("blindharmony", "blindharmony", ("--preset", "cpu"), neural=True),
+        *blindharmony.TRIALS,
         *by_example.TRIALS,
         *real_sites.TRIALS,
         *tissues.TRIALS,

@@ -14,18 +14,28 @@ from benchmarks.data import copy_participant, need, write_description, write_par
 from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Column, Prepared, Table
 from benchmarks.scoring import anatomy, jumps, similarity, whole_field
-from benchmarks.trials import scans_of
+from benchmarks.trials import Trial, scans_of
 from benchmarks.view import View
-from bids_harmony.bids.write import save_nifti
+from bids_harmony.bids.write import atomic_write_text, save_nifti
 
 SITE = "novosibirsk"
 TRAINING = tuple(f"nov{k}" for k in range(52, 61))
 TESTED = ("nov61", "nov62", "nov63")
+#: Of the training, who are at the learned comparators' disposal as they are and transformed.
+TRAVELLERS = TRAINING[:6]
 #: Of the brain; what becomes 1. The maximum is a vessel three times as bright as white matter.
 TOP_PERCENT = 99.9
 IDENTITY = "untouched"
 
 Transformation = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+#: Comparators that learn one transformation, as in the paper, and are tried on all.
+TRIALS = tuple(
+    Trial(f"{method}-{way}", method, ("--preset", "cpu"), neural=True, sites=(SITE, way),
+          travellers=True)
+    for method in ("unet", "cyclegan") for way in ("exp", "log", "gamma07")
+)  # fmt: skip
 
 
 def transformations() -> dict[str, Transformation]:
@@ -65,7 +75,9 @@ class BlindHarmony(Table):
         "manner of the paper, whose figures (OASIS-3, other scans, 1.2 mm, slices scaled one by "
         "one) stand beside; at gamma 1.5 its better one (beta1 500; with 1000 it is 25.8 dB). "
         "Slice jumps: mean absolute difference of neighbouring slices' means, the largest ratio "
-        "of the three axes."
+        "of the three axes. The paired U-Net and CycleGAN learn one transformation back, "
+        f"from {len(TRAVELLERS)} training subjects as they are and transformed (`unet-exp`: from "
+        "exp), and are tried on all."
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("psnr", "PSNR, brain", "dB"),
@@ -82,6 +94,7 @@ class BlindHarmony(Table):
     )
     trials: ClassVar[tuple[str, ...]] = (
         "none", "histogram-matching", "ssimh", "nyul", "harmonizing-flows", "blindharmony",
+        *(trial.label for trial in TRIALS),
     )  # fmt: skip
     controls: ClassVar[tuple[str, ...]] = (IDENTITY,)
     goals: ClassVar[tuple[Goal, ...]] = (
@@ -109,6 +122,24 @@ class BlindHarmony(Table):
             ("ssimh", "log", 25.8, 0.972),
             ("ssimh", "gamma07", 26.2, 0.945),
             ("ssimh", "gamma15", 25.8, 0.968),
+            ("unet-exp", "exp", 65.6, 0.999),
+            ("unet-exp", "log", 15.9, 0.885),
+            ("unet-exp", "gamma07", 15.9, 0.879),
+            ("unet-log", "exp", 16.8, 0.803),
+            ("unet-log", "log", 56.5, 0.999),
+            ("unet-log", "gamma07", 38.0, 0.997),
+            ("unet-gamma07", "exp", 16.3, 0.766),
+            ("unet-gamma07", "log", 39.2, 0.998),
+            ("unet-gamma07", "gamma07", 55.1, 0.999),
+            ("cyclegan-exp", "exp", 32.6, 0.993),
+            ("cyclegan-exp", "log", 23.0, 0.951),
+            ("cyclegan-exp", "gamma07", 22.3, 0.948),
+            ("cyclegan-log", "exp", 22.8, 0.943),
+            ("cyclegan-log", "log", 35.5, 0.996),
+            ("cyclegan-log", "gamma07", 34.5, 0.995),
+            ("cyclegan-gamma07", "exp", 22.1, 0.932),
+            ("cyclegan-gamma07", "log", 35.6, 0.996),
+            ("cyclegan-gamma07", "gamma07", 35.6, 0.996),
         )
     }
 
@@ -126,12 +157,15 @@ class BlindHarmony(Table):
                 target = root / f"sub-{label}" / "anat" / f"sub-{label}_T1w.nii.gz"
                 transform(source, transformations()[condition], target)
             write_participants(root, sites | {k: c for k, (_, c) in changed.items()})
+        travellers = tuple(f"{person}ways" for person in TRAVELLERS)
+        for person, label in zip(TRAVELLERS, travellers, strict=True):
+            _let_travel(root, person, label)
         found = {s.subject: s for s in scans_of(root, [*TESTED, *changed])}
         pairs = {**{p: (p, IDENTITY) for p in TESTED}, **changed}
         cases = [
             Case(c, p, p, (found[label],), {"truth": found[p]}) for label, (p, c) in pairs.items()
         ]
-        return Cohort(root, SITE, TRAINING, tuple(cases))
+        return Cohort(root, SITE, TRAINING, tuple(cases), travellers)
 
     def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
         """Result against the untouched scan."""
@@ -146,3 +180,22 @@ class BlindHarmony(Table):
             **jumps(before, image, truth, mask),
             **anatomy(before, image, mask),
         }
+
+
+def _let_travel(root: Path, person: str, label: str) -> None:
+    """A person's scan as it is and after every transformation, as sessions of a participant."""
+    home = root / f"sub-{label}"
+    sessions = home / f"sub-{label}_sessions.tsv"
+    if sessions.is_file():
+        return
+    source = root / f"sub-{person}" / "anat" / f"sub-{person}_T1w.nii.gz"
+    ways = {SITE: source, **dict.fromkeys(transformations())}
+    for session, known in ways.items():
+        target = home / f"ses-{session}" / "anat" / f"sub-{label}_ses-{session}_T1w.nii.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if known is None:
+            transform(source, transformations()[session], target)
+        elif not target.exists():
+            target.symlink_to(known.resolve())
+    lines = ["session_id\tsite", *(f"ses-{name}\t{name}" for name in ways)]
+    atomic_write_text(sessions, "\n".join(lines) + "\n")
