@@ -392,6 +392,9 @@ def test_a_model_gives_a_brain_and_its_tissues(fitted, tmp_path, small):
     assert set(scores["held_out_dice"]) == set(TISSUES)
     assert set(scores["discriminator"]) == {"training", "held_out"}
     assert scores["sites"] == {"a": 2, "b": 2}
+    learn, _ = split([labelled_brain([v]) for v in VOLUMES])
+    best = CommonAppearance.of(learn, BRIGHTEST).site
+    assert scores["appearance_of"] == done.details["appearance_of"] == best
     assert fitted.files()["T1w_normalized.png"].startswith(b"\x89PNG")
     assert fitted.contract.labels
 

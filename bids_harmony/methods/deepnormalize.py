@@ -51,12 +51,12 @@ _PAPER = Preset(
 class DeepNormalize(ByModality[Part]):
     """Generator, segmenter, and a discriminator that tells sites and generated cubes apart.
 
-    Trained on labelled scans of two sites or more; all are led to one appearance that they have
-    in common, and the segmentation comes with it. Lambda (option ``lambda``) weighs the
-    discriminator. With the option ``together`` all modalities of a session are normalized and
-    segmented at once.
+    Trained on labelled scans of two sites or more; all are led to one appearance, that of the
+    site whose tissues are told apart best, and the segmentation comes with it. Lambda (option
+    ``lambda``) weighs appearance and discriminator. With the option ``together`` all modalities
+    of a session are normalized and segmented at once.
 
-    Departures from the paper: see `normalizer_losses.deception`,
+    Departures from the paper: see `normalizer_losses`, `CommonAppearance`,
     `NormalizerNetworks.normalize` and `train_normalizer`; bias fields lie along any axis.
     """
 
@@ -202,6 +202,7 @@ class DeepNormalize(ByModality[Part]):
             "stride_voxels": stride,
             "unlikeness": round(found[own][0], 4),
             **({"together_with": others} if others else {}),
+            **{k: v for k, v in part.scores.items() if k == "appearance_of"},
             "mean_absolute_change": round(float(np.abs(data - before)[inside].mean()), 4),
             "tissue_shares": {k: round(float(v), 4) for k, v in zip(TISSUES, shares, strict=True)},
         }

@@ -29,7 +29,8 @@ from bids_harmony.methods.training_files import (
     site_facts,
     training_png,
 )
-from bids_harmony.networks.deepnormalize import NormalizerNetworks
+from bids_harmony.networks.deepnormalize import BRIGHTEST, NormalizerNetworks
+from bids_harmony.training.common_appearance import CommonAppearance
 from bids_harmony.training.normalizer_losses import divergence, histograms
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
@@ -191,8 +192,9 @@ def fit_part(
         If too few sites or subjects are left.
     """
     learn, apart = split(brains)
+    appearance = CommonAppearance.of(learn, BRIGHTEST) if strength > 0 else None
     networks, run = train_normalizer(
-        learn, apart, preset, strength, seed, training, generator=generator
+        learn, apart, preset, strength, seed, training, appearance=appearance, generator=generator
     )
     spacing = (preset.resolution,) * 3
     alike = tuple(
@@ -220,6 +222,7 @@ def fit_part(
         **run_facts(run),
         **_held_out_scores(apart, results),
         **({"discriminator": judged} if judged else {}),
+        **({"appearance_of": appearance.site} if appearance else {}),
     }
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)

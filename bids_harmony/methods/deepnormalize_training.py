@@ -14,7 +14,7 @@ from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import brain_values
 from bids_harmony.methods.base import Training, Volume
 from bids_harmony.methods.held_out import held_out_subjects
-from bids_harmony.networks.deepnormalize import BRIGHTEST, NormalizerNetworks
+from bids_harmony.networks.deepnormalize import NormalizerNetworks
 from bids_harmony.training.common_appearance import CommonAppearance
 from bids_harmony.training.fit import train_network
 from bids_harmony.training.normalizer_losses import (
@@ -153,9 +153,12 @@ def train_normalizer(
     seed: int,
     training: Training,
     *,
+    appearance: CommonAppearance | None = None,
     generator: bool = True,
 ) -> tuple[NormalizerNetworks, Trained]:
     """Train generator, segmenter and, if `strength` (lambda) is above 0, discriminator.
+
+    With an `appearance`, `strength` also weighs how far the tissues are from it.
 
     Algorithm 1 of the paper, with one change in time: all rates fall along half a cosine. The
     generator begins as the identity, so that no warm-up as an autoencoder is needed.
@@ -171,7 +174,6 @@ def train_normalizer(
         learn[0].images.shape[0], len(sites), preset.widths, preset.side, strength > 0, generator
     )
     torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    appearance = CommonAppearance.of(learn, BRIGHTEST) if strength > 0 else None
     run = train_network(
         networks,
         name="normalizer",
