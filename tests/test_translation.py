@@ -146,6 +146,15 @@ def test_paired_loss_is_l1_and_edges():
     assert found.item() == pytest.approx(float(l1 + 0.5 * edges), abs=1e-6)
 
 
+def test_patches_count_by_their_share_of_brain():
+    values = torch.tensor([[[[1.0, 10.0], [100.0, 1000.0]]]])
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :4] = 1  # the first patch whole, half of the one below
+    mask[..., 4:, :2] = 1
+    assert float(translation.patch_mean(values, mask)) == pytest.approx((1 + 50) / 1.5)
+    assert float(translation.patch_mean(values, 0 * mask)) == 0
+
+
 def test_cycle_losses_of_networks_that_do_nothing():
     nets = CycleNetworks(4, 2).eval()
     x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)

@@ -57,7 +57,7 @@ class SliceTranslator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Whether a slice is real, as a number for each patch; spectral norm.
+    """Whether a slice is real, as a number for each patch of 78 pixels; spectral norm.
 
     Parameters
     ----------
@@ -67,17 +67,16 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, base: int = 16) -> None:
         super().__init__()
-        widths = (1, base, 2 * base, 4 * base)
+        widths = (1, base, 2 * base, 4 * base, 8 * base)
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [
-                spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)),
-                nn.LeakyReLU(_LEAK),
-            ]
+            conv = nn.Conv2d(a, b, 4, stride=2, padding=1)
+            nn.init.kaiming_normal_(conv.weight, a=_LEAK)
+            layers += [spectral_norm(conv), nn.LeakyReLU(_LEAK)]
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, H, W) to (B, 1, H / 8, W / 8), float32."""
+        """(B, 1, H, W) to (B, 1, H / 16, W / 16), rounded down, float32; H, W at least 16."""
         out: Tensor = self.layers(x).float()
         return out
 

@@ -145,12 +145,23 @@ def paired_loss(network: SliceTranslator, batch: SlicePair) -> Tensor:
     )
 
 
+def patch_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of what a discriminator says of patches (B, 1, h, w), each by its share of brain.
+
+    Patches without any say the same of every site; with them the discriminators of a whole
+    training learned nothing.
+    """
+    weights = functional.adaptive_avg_pool2d(mask, (values.shape[2], values.shape[3]))
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
 def cycle_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
     """Least-squares GAN losses of both translators, cycle (10) and identity (5) losses."""
     x, x_mask, y, y_mask = batch
     to_y, to_x = networks.to_reference(x, x_mask), networks.to_other(y, y_mask)
     judge_y, judge_x = networks.judges
-    fooled = (judge_y(to_y) - 1).square().mean() + (judge_x(to_x) - 1).square().mean()
+    fooled = patch_mean((judge_y(to_y) - 1).square(), x_mask)
+    fooled = fooled + patch_mean((judge_x(to_x) - 1).square(), y_mask)
     back_x, back_y = networks.to_other(to_y, x_mask), networks.to_reference(to_x, y_mask)
     cycle = masked_l1(back_x, x, x_mask) + masked_l1(back_y, y, y_mask)
     same = masked_l1(networks.to_reference(y, y_mask), y, y_mask)
@@ -164,8 +175,10 @@ def cycle_judge_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
     with torch.no_grad():
         to_y, to_x = networks.to_reference(x, x_mask), networks.to_other(y, y_mask)
     judge_y, judge_x = networks.judges
-    real = (judge_y(y) - 1).square().mean() + (judge_x(x) - 1).square().mean()
-    return 0.5 * (real + judge_y(to_y).square().mean() + judge_x(to_x).square().mean())
+    real = patch_mean((judge_y(y) - 1).square(), y_mask)
+    real = real + patch_mean((judge_x(x) - 1).square(), x_mask)
+    drawn = patch_mean(judge_y(to_y).square(), x_mask)
+    return 0.5 * (real + drawn + patch_mean(judge_x(to_x).square(), y_mask))
 
 
 def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
@@ -176,7 +189,7 @@ def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
     x, mask, y, _ = batch
     style = networks.encoder(y)
     drawn = networks.draw(x, style, mask)
-    fooled = functional.softplus(-networks.judge(drawn)).mean()
+    fooled = patch_mean(functional.softplus(-networks.judge(drawn)), mask)
     told = (networks.encoder(drawn) - style).abs().mean()
     other = networks.draw(x, style.roll(1, 0), mask).detach()
     diverse = masked_l1(drawn, other, mask)
@@ -188,10 +201,11 @@ def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
 
 def style_judge_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
     """Logistic loss of the discriminator."""
+    x, mask, y, y_mask = batch
     with torch.no_grad():
-        drawn = networks.draw(batch.input, networks.encoder(batch.wanted), batch.input_mask)
-    real = functional.softplus(-networks.judge(batch.wanted)).mean()
-    return real + functional.softplus(networks.judge(drawn)).mean()
+        drawn = networks.draw(x, networks.encoder(y), mask)
+    real = patch_mean(functional.softplus(-networks.judge(y)), y_mask)
+    return real + patch_mean(functional.softplus(networks.judge(drawn)), mask)
 
 
 def intensity_distance(first: Tensor, mask: Tensor, second: Tensor, other_mask: Tensor) -> float:
