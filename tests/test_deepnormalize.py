@@ -53,6 +53,7 @@ from bids_harmony.training.common_appearance import (  # noqa: E402
 from bids_harmony.training.normalizer_losses import (  # noqa: E402
     WEIGHTS,
     deception,
+    difference_of_biased,
     discriminator_loss,
     divergence,
     histograms,
@@ -241,7 +242,13 @@ def test_lambda_weighs_what_is_unlike():
     assert 0 < len(clean) < 6
     far = tissue_distance(drawn[clean], batch.labels[clean], batch.sites[clean], appearance)
     assert far > 0
-    unlike = deception(nets.discriminator(drawn)) + 6 * far
+    without = nets.normalize(batch.clean, batch.mask)
+    biased = [k for k in range(6) if k not in clean]
+    inside = batch.mask[biased] > 0
+    bias = (drawn - without)[biased][inside].abs().mean()
+    assert difference_of_biased(nets, batch, drawn).item() == pytest.approx(bias.item(), rel=1e-5)
+    assert bias > 0
+    unlike = deception(nets.discriminator(drawn)) + 6 * far + 2 * bias
     for strength in (0.0, 0.1, 5.0):
         found = normalizer_loss(nets, batch, strength, appearance).item()
         assert found == pytest.approx((alone + strength * unlike).item(), abs=1e-5)

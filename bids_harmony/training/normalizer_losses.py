@@ -16,7 +16,8 @@ from bids_harmony.training.tissue_cubes import TissueBatch
 WEIGHTS = (0.22, 0.30, 0.20, 0.28)
 _LEAST = 1.0  # voxels: epsilon of equation 1
 _BINS = 64
-_DISTANCE = 6.0  # weight of the distance from the common appearance, for each unit of lambda
+#: Weights for each unit of lambda.
+_APPEARANCE, _BIAS = 6.0, 2.0
 
 
 def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
@@ -82,18 +83,37 @@ def normalizer_loss(
 ) -> Tensor:
     """Segmentation loss of normalized cubes, and `strength` (lambda) times how unlike they are.
 
-    That is `deception` plus, six times as much, the `tissue_distance` from the common appearance,
-    of cubes without a bias field: whole tissues are far from it under one, and their sites' small
-    differences were not learned. Deception alone is satisfied by the identity, which leaves each
-    scan the look of its own site. Without discriminator the segmentation loss alone counts.
+    That is `deception`; six times the `tissue_distance` from the common appearance, of cubes
+    without a bias field; and twice the `difference_of_biased` from what the rest lead to.
+    Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
+    Without discriminator the segmentation loss alone counts.
     """
     drawn = networks.normalize(batch.shown, batch.mask)
     loss = segmentation_loss(networks.segment(drawn), batch.labels)
     if networks.discriminator is None or appearance is None:
         return loss
     clean = (batch.shown == batch.clean).flatten(1).all(1)
-    far = tissue_distance(drawn[clean], batch.labels[clean], batch.sites[clean], appearance)
-    return loss + strength * (deception(networks.discriminator(drawn)) + _DISTANCE * far)
+    unlike = deception(networks.discriminator(drawn))
+    unlike = unlike + _APPEARANCE * tissue_distance(
+        drawn[clean], batch.labels[clean], batch.sites[clean], appearance
+    )
+    return loss + strength * (unlike + _BIAS * difference_of_biased(networks, batch, drawn))
+
+
+def difference_of_biased(
+    networks: NormalizerNetworks, batch: TissueBatch, drawn: Tensor
+) -> Tensor:
+    """Mean absolute difference in the brain of cubes with a bias field to what they give without.
+
+    Of `drawn`, the normalized ``batch.shown``; the cubes without field are the goal and not moved.
+    """
+    biased = (batch.shown != batch.clean).flatten(1).any(1)
+    if not biased.any():
+        return drawn.sum() * 0
+    mask = batch.mask[biased]
+    with torch.no_grad():
+        wanted = networks.normalize(batch.clean[biased], mask)
+    return ((drawn[biased] - wanted).abs() * mask).mean() / mask.mean().clamp(min=1e-6)
 
 
 def histograms(drawn: Tensor, mask: Tensor, sites: Tensor, count: int) -> Tensor:
