@@ -54,9 +54,13 @@ from bids_harmony.methods.registry import available
 FloatArray = NDArray[np.float32]
 
 
+#: Scores that shall be neither high nor low.
+AIMS = {"one": 1.0, "hundred": 100.0}
+
+
 @dataclass(frozen=True)
 class Column:
-    """One score: heading, unit, digits, and what is better: ``higher``, ``lower`` or ``one``."""
+    """One score: heading, unit, digits, and its aim: ``higher``, ``lower`` or one of `AIMS`."""
 
     name: str
     heading: str

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.goals import render_goals
-from benchmarks.harness import Column, Table
+from benchmarks.harness import AIMS, Column, Table
 from benchmarks.rows import TIMES, Mean, Row, below_input, facts, mean_interval
 from bids_harmony.bids.write import atomic_write_text
 
@@ -108,7 +108,8 @@ def _grid(table: Table, rows: Sequence[Row], condition: str) -> str:
 
 
 def _heading(column: Column) -> str:
-    arrow = {"higher": "↑", "lower": "↓", "one": "→ 1"}[column.better]
+    aim = AIMS.get(column.better)
+    arrow = f"→ {aim:g}" if aim else {"higher": "↑", "lower": "↓"}[column.better]
     unit = f" ({column.unit})" if column.unit else ""
     return f"{column.heading}{unit} {arrow}"
 
@@ -119,8 +120,8 @@ def _best(
     values = [m.value for k in methods if (m := means[k, column.name]) and math.isfinite(m.value)]
     if not values:
         return math.nan
-    if column.better == "one":
-        return min(values, key=lambda v: abs(v - 1))
+    if aim := AIMS.get(column.better):
+        return min(values, key=lambda v: abs(v - aim))
     return max(values) if column.better == "higher" else min(values)
 
 

@@ -82,7 +82,7 @@ class ByExample(Travelling):
     )
     columns: ClassVar[tuple[Column, ...]] = (
         *Travelling.columns[:4],
-        Column("nwd_example_ip", "nWD(i,p), example", "%", 1),
+        Column("nwd_example_ip", "nWD(i,p), example", "%", 1, "hundred"),
         Column("nwd_example_tp", "nWD(t,p), example", "%", 1, "lower"),
         *Travelling.columns[4:],
     )

@@ -48,7 +48,7 @@ class RealSites(Table):
         "scans of the wanted site. The paper's sites are other scanners."
     )
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("nwd_example_ip", "nWD(i,p)", "%", 1),
+        Column("nwd_example_ip", "nWD(i,p)", "%", 1, "hundred"),
         Column("nwd_example_tp", "nWD(t,p)", "%", 1, "lower"),
         *(Column(f"ravd_input_{t}", f"rAVD {t.upper()} to input", "%", 1, "lower")
           for t in ("gm", "wm", "csf")),

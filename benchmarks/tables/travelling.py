@@ -64,7 +64,7 @@ class Travelling(Table):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("psnr", "PSNR", "dB"),
         Column("ssim", "SSIM", digits=3),
-        Column("nwd_ip", "nWD(i,p)", "%", 1),
+        Column("nwd_ip", "nWD(i,p)", "%", 1, "hundred"),
         Column("nwd_tp", "nWD(t,p)", "%", 1, "lower"),
         Column("ravd_gm", "rAVD GM", "%", 1, "lower"),
         Column("ravd_wm", "rAVD WM", "%", 1, "lower"),
