@@ -86,34 +86,38 @@ def normalizer_loss(
     That is `deception`; six times the `tissue_distance` from the common appearance, of cubes
     without a bias field; and twice the `difference_of_biased` from what the rest lead to.
     Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
-    Without discriminator the segmentation loss alone counts.
+    Without discriminator, or `appearance`, the segmentation loss alone counts.
     """
+    if networks.discriminator is None or appearance is None:
+        drawn = networks.normalize(batch.shown, batch.mask)
+        return segmentation_loss(networks.segment(drawn), batch.labels)
+    with torch.no_grad():  # all cubes: batch norm would see others in a part of them
+        wanted = networks.normalize(batch.clean, batch.mask)
     drawn = networks.normalize(batch.shown, batch.mask)
     loss = segmentation_loss(networks.segment(drawn), batch.labels)
-    if networks.discriminator is None or appearance is None:
-        return loss
     clean = (batch.shown == batch.clean).flatten(1).all(1)
     unlike = deception(networks.discriminator(drawn))
     unlike = unlike + _APPEARANCE * tissue_distance(
         drawn[clean], batch.labels[clean], batch.sites[clean], appearance
     )
-    return loss + strength * (unlike + _BIAS * difference_of_biased(networks, batch, drawn))
+    unlike = unlike + _BIAS * difference_of_biased(
+        drawn[~clean], wanted[~clean], batch.mask[~clean]
+    )
+    return loss + strength * unlike
 
 
-def difference_of_biased(
-    networks: NormalizerNetworks, batch: TissueBatch, drawn: Tensor
-) -> Tensor:
+def difference_of_biased(drawn: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute difference in the brain of cubes with a bias field to what they give without.
 
-    Of `drawn`, the normalized ``batch.shown``; the cubes without field are the goal and not moved.
+    Parameters
+    ----------
+    drawn, wanted
+        Normalized with and without their fields, (B, C, X, Y, Z); B may be 0.
+    mask
+        Brain, (B, 1, X, Y, Z).
     """
-    biased = (batch.shown != batch.clean).flatten(1).any(1)
-    if not biased.any():
-        return drawn.sum() * 0
-    mask = batch.mask[biased]
-    with torch.no_grad():
-        wanted = networks.normalize(batch.clean[biased], mask)
-    return ((drawn[biased] - wanted).abs() * mask).mean() / mask.mean().clamp(min=1e-6)
+    voxels = mask.sum() * drawn.shape[1]
+    return ((drawn - wanted).abs() * mask).sum() / voxels.clamp(min=1)
 
 
 def histograms(drawn: Tensor, mask: Tensor, sites: Tensor, count: int) -> Tensor:
