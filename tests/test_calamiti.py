@@ -141,7 +141,7 @@ def test_the_change_is_bounded_and_told(model, monkeypatch):
     change = (result.data - SCAN.data)[SCAN.mask]
     assert change.max() == pytest.approx(0.5, abs=1e-4)
     assert result.details["share_at_bound"] == pytest.approx(1.0, abs=0.01)
-    assert any("were held there" in text for text in result.warnings)
+    assert any("was cut at 0.5 of the intensity scale" in text for text in result.warnings)
 
 
 def ideal_decoder(monkeypatch, modality, lesion_like=None):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.guided import guided_transfer
+from bids_harmony.imaging.guided import bound_warnings, guided_transfer
 
 
 @pytest.fixture
@@ -73,3 +73,9 @@ def test_bad_input_is_refused(images) -> None:
     drawn[tuple(np.argwhere(mask)[0])] = np.nan
     with pytest.raises(ScanError, match="NaN"):
         guided_transfer(scan, drawn, mask, radius=1, noise=0.1)
+
+
+def test_a_change_that_was_cut_is_told_where_it_is_more_than_a_hundredth():
+    assert bound_warnings(0.01) == []
+    (text,) = bound_warnings(0.02)
+    assert "2% of the brain was cut at 0.5 of the intensity scale" in text

@@ -66,3 +66,8 @@ class ScanProblem:
     path: Path
     subject: str
     message: str
+
+    @property
+    def stem(self) -> str:
+        """File name without extension."""
+        return self.path.name.split(".")[0]

@@ -134,7 +134,8 @@ def _participant(context: Context) -> ExitCode:
     write_logs(config, context.uuid, None, job.prep, target)
     outcomes = _harmonize(context, scans, problems, target, job, pages)
     write_logs(config, context.uuid, outcomes, job.prep, target)
-    if target is not None:
+    if pages is not None:
+        pages.finish()
         print(f"reports: {config.out_dir / 'sub-*.html'}")
     return _exit_code(outcomes)
 
@@ -282,8 +283,7 @@ def _planned(scan: Scan, text: str) -> Outcome:
 
 
 def _refused(problem: ScanProblem) -> Outcome:
-    stem = problem.path.name.split(".")[0]
-    return Outcome(stem, problem.subject, "refused", problem.message, ExitCode.DATA)
+    return Outcome(problem.stem, problem.subject, "refused", problem.message, ExitCode.DATA)
 
 
 def _exit_code(outcomes: Sequence[Outcome]) -> ExitCode:

@@ -133,12 +133,14 @@ class Pages:
 
     A page has the sections of all of its scans, those of earlier runs too.
 
+    One that cannot be written is tried again by `finish`: the run goes on.
+
     Parameters
     ----------
     config, prep, target
         Of the run.
     scans, problems
-        Of the run: every one will have an outcome.
+        Of the run.
     """
 
     def __init__(
@@ -151,7 +153,13 @@ class Pages:
     ) -> None:
         self._config, self._prep, self._target = config, prep, target
         self._scans = {scan.stem: scan for scan in scans}
-        self._left = Counter([*(s.subject for s in scans), *(p.subject for p in problems)])
+        expected = [(scan.subject, scan.stem) for scan in scans]
+        expected += [(problem.subject, problem.stem) for problem in problems]
+        self._left: dict[str, Counter[str]] = {subject: Counter() for subject, _ in expected}
+        for subject, stem in expected:
+            self._left[subject][stem] += 1
+        self._due = set(self._left)
+        self._again: list[Outcome] = []
 
     @property
     def subjects(self) -> list[str]:
@@ -159,10 +167,31 @@ class Pages:
         return sorted(self._left)
 
     def __call__(self, outcome: Outcome) -> None:
-        self._write_failure(outcome)
-        self._left[outcome.subject] -= 1
-        if self._left[outcome.subject] == 0:
-            self.write(outcome.subject)
+        """Take an outcome; also of a scan that an adaptation needed and the run does not."""
+        left = self._left.get(outcome.subject, Counter())
+        left[outcome.stem] -= 1
+        try:
+            self._write_failure(outcome)
+            if max(left.values()) <= 0 and outcome.subject in self._due:
+                self.write(outcome.subject)
+        except (OSError, OutputError) as error:
+            self._again.append(outcome)
+            LOG.warning(
+                "sub-%s: its page waits for the end of the run: %s", outcome.subject, error
+            )
+
+    def finish(self) -> None:
+        """Write the pages that are left, also of participants whose scans were not all tried.
+
+        Raises
+        ------
+        OutputError
+            If one cannot be written.
+        """
+        for outcome in self._again:
+            self._write_failure(outcome)
+        for subject in sorted(self._due):
+            self.write(subject)
 
     def _write_failure(self, outcome: Outcome) -> None:
         """Section of a scan that came to nothing; remove that of an earlier run otherwise."""
@@ -185,10 +214,17 @@ class Pages:
         atomic_write_text(path, html)
 
     def write(self, subject: str) -> None:
-        """Write one page from the sections that are there."""
+        """Write one page from the sections that are there.
+
+        Raises
+        ------
+        OutputError
+            If a section is damaged, or the page cannot be written.
+        """
         parts = sorted(_figures(self._config.out_dir, subject).glob("*.html"))
         if not parts:
             LOG.warning("sub-%s: nothing to report, no scan of it was harmonized here", subject)
+            self._due.discard(subject)
             return
         fragments = [p.read_text() for p in parts]
         for path, fragment in zip(parts, fragments, strict=True):
@@ -204,3 +240,4 @@ class Pages:
             dataset=self._config.bids_dir.name,
         )
         atomic_write_text(self._config.out_dir / f"sub-{subject}.html", page)
+        self._due.discard(subject)
