@@ -299,7 +299,8 @@ def _preprocess(table: Table, trials: Sequence[Trial], prep: Prepared) -> None:
             "participant", "--level", "minimal", *only_these(scans), *table.arguments(cohort)
         )
         count = done.count(False)
-        note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
+        if scans is groups[0]:  # travellers are no part of what the others are compared with
+            note(prep.folder, "none", seconds=wall / count, cpu_seconds=cpu / count)
 
 
 def _run_trial(table: Table, trial: Trial, prep: Prepared, rows: Rows) -> None:

@@ -125,16 +125,23 @@ def brain_of(site, means, spread=0.05, shape=(12, 12, 12), channels=1, seed=0):
 
 
 def test_separation_is_the_smaller_d_prime():
-    brain = brain_of("a", (0.2, 0.5, 0.9), spread=0.1)
+    brain = brain_of("a", (0.3, 0.5, 0.8), spread=0.04)
     values = [brain.images[0][brain.labels == k].numpy() for k in (1, 2, 3)]
     primes = [
         abs(a.mean() - b.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
         for a, b in pairwise(values)
     ]
-    assert separation(brain) == pytest.approx(min(primes), rel=1e-5)
+    assert separation(brain, BRIGHTEST) == pytest.approx(min(primes), rel=1e-5)
     twice = replace(brain, images=torch.cat((brain.images, brain.images)))
-    assert separation(twice) == pytest.approx(min(primes) * np.sqrt(2), rel=1e-5)
-    assert separation(replace(brain, labels=brain.labels.clamp(max=2))) == 0
+    assert separation(twice, BRIGHTEST) == pytest.approx(min(primes) * np.sqrt(2), rel=1e-5)
+    bright = replace(brain, images=torch.where(brain.images > 0.85, 50.0, brain.images))
+    assert separation(bright, 0.85) == pytest.approx(
+        separation(replace(brain, images=brain.images.clamp(0, 0.85)), BRIGHTEST), rel=1e-5
+    )
+    grey_alone = replace(brain, labels=torch.where(brain.labels == 2, 2, 0))
+    assert separation(grey_alone, BRIGHTEST) == 0
+    with pytest.raises(ScanError, match="no training scan has labels of neighbouring tissues"):
+        CommonAppearance.of([grey_alone], BRIGHTEST)
 
 
 def test_common_appearance_is_that_of_the_best_separated_site():

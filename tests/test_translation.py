@@ -173,6 +173,30 @@ def test_cycle_losses_of_networks_that_do_nothing():
     assert all(p.grad is None for p in nets.to_reference.parameters())
 
 
+def test_cycle_losses_of_translators_that_add_a_number():
+    """Each loss in its own mask and with its own weight."""
+    nets = CycleNetworks(4, 2).eval()
+    add, back = 0.2, 0.05
+    with torch.no_grad():
+        nets.to_reference.unet.head.bias.fill_(add)
+        nets.to_other.unet.head.bias.fill_(-back)
+    x_mask, y_mask = torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
+    x_mask[..., :20, :12], y_mask[..., 8:, 10:] = 1, 1
+    x, y = torch.rand_like(x_mask) * x_mask, torch.rand_like(y_mask) * y_mask
+    batch = translation.SlicePair(x, x_mask, y, y_mask)
+    to_y, to_x = (x + add) * x_mask, (y - back) * y_mask
+    of_y, of_x = nets.judges
+    mean = translation.patch_mean
+    fooled = mean((of_y(to_y) - 1) ** 2, x_mask) + mean((of_x(to_x) - 1) ** 2, y_mask)
+    there_and_back, own = 2 * (add - back), add + back
+    expected = fooled.item() + 1.0 * there_and_back + 0.5 * own
+    assert translation.cycle_loss(nets, batch).item() == pytest.approx(expected, rel=1e-4)
+    judged = mean((of_y(y) - 1) ** 2, y_mask) + mean((of_x(x) - 1) ** 2, x_mask)
+    judged = judged + mean(of_y(to_y) ** 2, x_mask) + mean(of_x(to_x) ** 2, y_mask)
+    found = translation.cycle_judge_loss(nets, batch).item()
+    assert found == pytest.approx(0.5 * judged.item(), rel=1e-4)
+
+
 def test_style_judge_moves_the_judge_alone():
     nets = StyleNetworks(4, 2)
     x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)

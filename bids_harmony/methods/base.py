@@ -275,8 +275,8 @@ class NeuralMethod(Method):
     #: Whether it is trained on the scans of several sites, and then takes the wanted appearance
     #: from examples (`towards`). Others are trained on the reference domain's scans alone.
     by_example: ClassVar[bool] = False
-    #: Whether it leads to an appearance that all training sites have in common, not to the
-    #: reference's; the reference then gives the units only.
+    #: Whether it leads all training sites to one appearance that is not the reference's; the
+    #: reference then gives the units only.
     common: ClassVar[bool] = False
     #: Whether `harmonize` gives tissues too.
     segments: ClassVar[bool] = False

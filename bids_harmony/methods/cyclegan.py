@@ -44,8 +44,8 @@ class CycleGan(SliceTranslation[SliceTranslator]):
     """Learns from scans of two sites, of which one is the reference; nobody needs to travel.
 
     Kept is the translator towards the reference. The translators' changes are added to the
-    slices, and the weights of cycle and identity losses are a tenth of the paper's; apart from
-    that the losses are the paper's.
+    slices, patches count by their share of brain, and the weights of cycle and identity losses
+    are a tenth of the paper's.
     """
 
     name: ClassVar[str] = "cyclegan"

@@ -156,9 +156,9 @@ def train_normalizer(
     appearance: CommonAppearance | None = None,
     generator: bool = True,
 ) -> tuple[NormalizerNetworks, Trained]:
-    """Train generator, segmenter and, if `strength` (lambda) is above 0, discriminator.
+    """Train generator, segmenter and, with an `appearance` to come to, discriminator.
 
-    With an `appearance`, `strength` also weighs how far the tissues are from it.
+    `strength` (lambda) weighs both against the segmentation.
 
     Algorithm 1 of the paper, with one change in time: all rates fall along half a cosine. The
     generator begins as the identity, so that no warm-up as an autoencoder is needed.
@@ -171,8 +171,9 @@ def train_normalizer(
     torch.manual_seed(seed)  # of the first weights
     sites = sorted({brain.site for brain in learn})
     networks = NormalizerNetworks(
-        learn[0].images.shape[0], len(sites), preset.widths, preset.side, strength > 0, generator
-    )
+        learn[0].images.shape[0], len(sites), preset.widths, preset.side,
+        appearance is not None, generator,
+    )  # fmt: skip
     torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     run = train_network(
         networks,

@@ -71,6 +71,7 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             conv = nn.Conv2d(a, b, 4, stride=2, padding=1)
+            # the norm takes their scale away; larger weights turn more slowly under Adam
             nn.init.kaiming_normal_(conv.weight, a=_LEAK)
             layers += [spectral_norm(conv), nn.LeakyReLU(_LEAK)]
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))

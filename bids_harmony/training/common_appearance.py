@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
@@ -45,12 +46,25 @@ class CommonAppearance:
             Of the training, not empty.
         brightest
             Intensities above are cut: none is drawn.
+
+        Raises
+        ------
+        ScanError
+            If no brain has labels of two neighbouring tissues.
         """
         of_site: dict[str, list[LabelledBrain]] = {}
         for brain in brains:
             of_site.setdefault(brain.site, []).append(brain)
-        means = {site: sum(map(separation, group)) / len(group) for site, group in of_site.items()}
+        means = {
+            site: sum(separation(b, brightest) for b in group) / len(group)
+            for site, group in of_site.items()
+        }
         site = max(sorted(means), key=lambda name: means[name])
+        if not means[site] > 0:
+            raise ScanError(
+                "no training scan has labels of neighbouring tissues (CSF and grey matter, grey "
+                "and white matter) whose intensities differ; check the labels"
+            )
         found = [
             [
                 _quantiles(brain.images[:, brain.labels == tissue].clamp(0, brightest))
@@ -62,20 +76,23 @@ class CommonAppearance:
         return cls(site, torch.stack(rows).nanmean(0))
 
 
-def separation(brain: LabelledBrain) -> float:
+def separation(brain: LabelledBrain, brightest: float) -> float:
     """How well neighbouring tissues are told apart by intensity, in pooled standard deviations.
 
     The smaller of CSF from grey and grey from white matter (d'; of several modalities the root of
-    the sum of squares). 0 where a tissue is missing.
+    the sum of squares); of the one that there is where a tissue is missing, 0 without any.
+    Intensities above `brightest` are cut.
     """
+    values = [
+        brain.images[:, brain.labels == tissue].double().clamp(0, brightest)
+        for tissue in TISSUES.values()
+    ]
     apart = []
-    for first, second in pairwise(TISSUES.values()):
-        a, b = (brain.images[:, brain.labels == tissue].double() for tissue in (first, second))
-        if min(a.shape[1], b.shape[1]) < _FEWEST:
-            return 0.0
-        spread = (a.var(1) + b.var(1)) / 2
-        apart.append(float(((a.mean(1) - b.mean(1)).square() / spread).sum().sqrt()))
-    return min(apart)
+    for a, b in pairwise(values):
+        if min(a.shape[1], b.shape[1]) >= _FEWEST:
+            spread = (a.var(1) + b.var(1)) / 2
+            apart.append(float(((a.mean(1) - b.mean(1)).square() / spread).sum().sqrt()))
+    return min(apart, default=0.0)
 
 
 def tissue_distance(

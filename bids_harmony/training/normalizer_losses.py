@@ -86,7 +86,7 @@ def normalizer_loss(
     That is `deception`; six times the `tissue_distance` from the common appearance, of cubes
     without a bias field; and twice the `difference_of_biased` from what the rest lead to.
     Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
-    Without discriminator, or `appearance`, the segmentation loss alone counts.
+    Without discriminator and `appearance` the segmentation loss alone counts.
     """
     if networks.discriminator is None or appearance is None:
         drawn = networks.normalize(batch.shown, batch.mask)

@@ -150,8 +150,7 @@ def paired_loss(network: SliceTranslator, batch: SlicePair) -> Tensor:
 def patch_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of what a discriminator says of patches (B, 1, h, w), each by its share of brain.
 
-    Patches without any say the same of every site; with them the discriminators of a whole
-    training learned nothing.
+    Patches without any look the same at every site and only slow the discriminator down.
     """
     weights = functional.adaptive_avg_pool2d(mask, (values.shape[2], values.shape[3]))
     return (values * weights).sum() / weights.sum().clamp(min=1e-6)
