@@ -521,14 +521,19 @@ def test_standardization_has_a_segmenter_alone(small):
 def test_training_makes_sites_alike_and_finds_tissues(monkeypatch):
     longer = replace(SMALL, widths=(8, 16), plan=Plan(900, 4e-3, every=100, half=False))
     monkeypatch.setattr(
-        DeepNormalize, "presets_by_name", {"cpu": replace(longer, judge_rate=1e-3)}
+        DeepNormalize, "presets_by_name", {"cpu": replace(longer, judge_rate=4e-4)}
     )
     more = [labelled(seed, "ab"[seed % 2]) for seed in range(30, 38)]
     model = DeepNormalize.fit(VOLUMES + more, seed=0)
     scores = model.scores()["T1w"]
-    assert min(scores["held_out_dice"].values()) > 0.75
+    assert min(scores["held_out_dice"].values()) > 0.9
     bits = scores["held_out_divergence_of_sites_bits"]
-    assert bits["after"] < 0.5 * bits["before"]
+    assert bits["after"] < 0.65 * bits["before"]  # grey and white matter; the fluid hardly moves
+    one, other = (labelled(50, site) for site in "ab")
+    white = one.labels == 3
+    results = [model.harmonize(scan, seed=0).data[white].mean() for scan in (one, other)]
+    before = one.data[white].mean() - other.data[white].mean()
+    assert abs(results[0] - results[1]) < 0.4 * before
 
 
 def test_labels_become_shares_and_shares_labels():
