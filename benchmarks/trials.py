@@ -207,12 +207,14 @@ def training_scans(
 
 
 def only_these(scans: Sequence[Scan]) -> list[str]:
-    """Options of the command line that name the participants and sessions of scans."""
+    """Options of the command line that name the participants and, if all have one, sessions.
+
+    Named sessions leave out the scans that have none.
+    """
     labels = sorted({scan.subject for scan in scans})
-    sessions = sorted({scan.session for scan in scans if scan.session})
-    return [
-        "--participant-label", *labels, *(("--session-label", *sessions) if sessions else ()),
-    ]  # fmt: skip
+    sessions = sorted({scan.session or "" for scan in scans})
+    named = () if "" in sessions else ("--session-label", *sessions)
+    return ["--participant-label", *labels, *named]
 
 
 def _train(

@@ -168,6 +168,8 @@ def test_a_comparator_learns_one_transformation_back(tmp_path):
     assert trials.only_these(scans) == [
         "--participant-label", *cohort.travellers, "--session-label", "exp", "novosibirsk",
     ]  # fmt: skip
+    mixed = trials.only_these([*scans, *cohort.cases[0].scans])
+    assert "--session-label" not in mixed, "it would leave out scans without a session"
     assert not {s.subject for s in scans} & {s.subject for c in cohort.cases for s in c.scans}
     of = {s.site: nb.load(s.path).get_fdata() for s in scans if s.subject == "nov52ways"}
     top = np.percentile(of["novosibirsk"], 99.9)
