@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Table
-from benchmarks.tables import blindharmony, by_example, real_sites, tissues
+from benchmarks.tables import blindharmony, by_example, real_sites, real_tissues, tissues
 from benchmarks.tables.lesions import Lesions
 from benchmarks.tables.real_lesions import RealLesions
 from benchmarks.tables.real_pair import RealPair
@@ -21,6 +21,7 @@ TABLES: dict[str, Table] = {
         Lesions(),
         RealLesions(),
         tissues.Tissues(),
+        real_tissues.RealTissues(),
     )
 }
 TRIALS: dict[str, Trial] = {
@@ -38,5 +39,6 @@ TRIALS: dict[str, Trial] = {
         *by_example.TRIALS,
         *real_sites.TRIALS,
         *tissues.TRIALS,
+        *real_tissues.TRIALS,
     )
 }

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import nibabel as nb
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from benchmarks.goals import Goal
@@ -147,7 +148,7 @@ class Tissues(Travelling):
 
     def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
         """Segmentation of each scan, distance between the scans, and a bias field's trace."""
-        masks = [self._brain(prep.cohort.bids_dir, s)[0] & prep.mask(s) for s in case.scans]
+        masks = [self._brain_of(s, prep) for s in case.scans]
         before, after = (
             divergence_of_sites([image(s) for s in case.scans], masks)
             for image in (prep.scaled, result)
@@ -157,18 +158,26 @@ class Tissues(Travelling):
             scores |= {"jsd_before": before, "jsd": after, "jsd_ratio": after / before}
         if result.bundle is None or result.dseg is None:
             return scores
-        rows = [_segmentation(scan, result, prep) for scan in case.scans]
+        rows = [_segmentation(result.dseg(s), *self._labels_of(s, prep)) for s in case.scans]
         scores |= {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
         method = load_bundle(result.bundle).method
         return scores | _judged(method) | _bias(case, method, prep)
 
+    def _brain_of(self, scan: Scan, prep: Prepared) -> NDArray[np.bool_]:
+        """Voxels whose intensities are compared."""
+        return self._brain(prep.cohort.bids_dir, scan)[0] & prep.mask(scan)
 
-def _segmentation(scan: Scan, result: View, prep: Prepared) -> dict[str, float]:
+    def _labels_of(self, scan: Scan, prep: Prepared) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """What the segmentation is compared with (0 to 3), and its affine."""
+        known, affine = read(truth_file(prep.cohort.bids_dir, scan, "dseg"))
+        return known.round().astype(np.uint8), affine
+
+
+def _segmentation(
+    found: NDArray[Any], truth: NDArray[np.uint8], affine: NDArray[Any]
+) -> dict[str, float]:
     """Dice and mean Hausdorff distance of each tissue, and their means."""
-    assert result.dseg is not None
-    known, affine = read(truth_file(prep.cohort.bids_dir, scan, "dseg"))
-    found = result.dseg(scan)
-    truth, labels = (x.round().astype(np.uint8) for x in (known, found))
+    labels = found.round().astype(np.uint8)
     spacing = [float(z) for z in nb.affines.voxel_sizes(affine)]
     overlap = dice(truth, labels, TISSUES.values())
     apart = mean_hausdorff(truth, labels, TISSUES.values(), spacing)
