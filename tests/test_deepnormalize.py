@@ -131,23 +131,22 @@ def test_separation_is_the_smaller_d_prime():
         abs(a.mean() - b.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
         for a, b in pairwise(values)
     ]
-    assert separation(brain, BRIGHTEST) == pytest.approx(min(primes), rel=1e-5)
+    assert separation(brain) == pytest.approx(min(primes), rel=1e-5)
     twice = replace(brain, images=torch.cat((brain.images, brain.images)))
-    assert separation(twice, BRIGHTEST) == pytest.approx(min(primes) * np.sqrt(2), rel=1e-5)
+    assert separation(twice) == pytest.approx(min(primes) * np.sqrt(2), rel=1e-5)
     bright = replace(brain, images=torch.where(brain.images > 0.85, 50.0, brain.images))
-    assert separation(bright, 0.85) == pytest.approx(
-        separation(replace(brain, images=brain.images.clamp(0, 0.85)), BRIGHTEST), rel=1e-5
-    )
+    cut = replace(brain, images=torch.where(brain.images > 0.85, BRIGHTEST, brain.images))
+    assert separation(bright) == pytest.approx(separation(cut), rel=1e-5)
     grey_alone = replace(brain, labels=torch.where(brain.labels == 2, 2, 0))
-    assert separation(grey_alone, BRIGHTEST) == 0
+    assert separation(grey_alone) == 0
     with pytest.raises(ScanError, match="no training scan has labels of neighbouring tissues"):
-        CommonAppearance.of([grey_alone], BRIGHTEST)
+        CommonAppearance.of([grey_alone])
 
 
 def test_common_appearance_is_that_of_the_best_separated_site():
     isointense = [brain_of("a", (0.5, 0.75, 0.85), seed=k) for k in (1, 2)]
     adult = [brain_of("z", (0.3, 0.6, 0.9), seed=k) for k in (3, 4)]
-    found = CommonAppearance.of([*isointense, *adult], BRIGHTEST)
+    found = CommonAppearance.of([*isointense, *adult])
     assert found.site == "z"
     assert found.quantiles.shape == (1, 3, 32)
     expected = np.mean(
@@ -165,7 +164,7 @@ def test_common_appearance_is_that_of_the_best_separated_site():
 
 def test_tissue_distance_against_scipy():
     wanted_brain, other = brain_of("z", (0.3, 0.6, 0.9), seed=1), brain_of("a", (0.5, 0.7, 0.8))
-    wanted = CommonAppearance.of([wanted_brain], BRIGHTEST)
+    wanted = CommonAppearance.of([wanted_brain])
     expected = np.mean(
         [
             wasserstein_distance(
@@ -242,7 +241,7 @@ def test_what_a_discriminator_says_is_counted():
 
 def test_lambda_weighs_what_is_unlike():
     nets, batch = networks().eval(), drawer()(generator())
-    appearance = CommonAppearance.of([labelled_brain([v]) for v in VOLUMES], BRIGHTEST)
+    appearance = CommonAppearance.of([labelled_brain([v]) for v in VOLUMES])
     drawn = nets.normalize(batch.shown, batch.mask)
     alone = segmentation_loss(nets.segment(drawn), batch.labels)
     clean = [k for k in range(6) if torch.equal(batch.shown[k], batch.clean[k])]
@@ -279,7 +278,7 @@ def test_difference_of_biased_cubes():
 def test_a_field_changes_nothing_where_the_generator_undoes_it():
     """In training too, where batch norm sees the batch: equal cubes come out equal."""
     nets, batch = networks().train(), drawer(biased=False)(generator())
-    appearance = CommonAppearance.of([labelled_brain([v]) for v in VOLUMES], BRIGHTEST)
+    appearance = CommonAppearance.of([labelled_brain([v]) for v in VOLUMES])
     nets.discriminator.eval()  # its dropout is drawn anew
     torch.nn.init.normal_(nets.generator.head.weight, generator=torch.Generator().manual_seed(1))
     field = batch._replace(shown=batch.shown.clone())
@@ -432,7 +431,7 @@ def test_a_model_gives_a_brain_and_its_tissues(fitted, tmp_path, small):
     assert set(scores["discriminator"]) == {"training", "held_out"}
     assert scores["sites"] == {"a": 2, "b": 2}
     learn, _ = split([labelled_brain([v]) for v in VOLUMES])
-    best = CommonAppearance.of(learn, BRIGHTEST).site
+    best = CommonAppearance.of(learn).site
     assert scores["appearance_of"] == done.details["appearance_of"] == best
     assert fitted.files()["T1w_normalized.png"].startswith(b"\x89PNG")
     assert fitted.contract.labels

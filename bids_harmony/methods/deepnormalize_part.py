@@ -29,7 +29,7 @@ from bids_harmony.methods.training_files import (
     site_facts,
     training_png,
 )
-from bids_harmony.networks.deepnormalize import BRIGHTEST, NormalizerNetworks
+from bids_harmony.networks.deepnormalize import NormalizerNetworks
 from bids_harmony.training.common_appearance import CommonAppearance
 from bids_harmony.training.normalizer_losses import divergence, histograms
 from bids_harmony.training.tissue_cubes import LabelledBrain
@@ -192,7 +192,7 @@ def fit_part(
         If too few sites or subjects are left.
     """
     learn, apart = split(brains)
-    appearance = CommonAppearance.of(learn, BRIGHTEST) if strength > 0 else None
+    appearance = CommonAppearance.of(learn) if strength > 0 else None
     networks, run = train_normalizer(
         learn, apart, preset, strength, seed, training, appearance=appearance, generator=generator
     )
@@ -210,20 +210,14 @@ def fit_part(
     results = {
         b.name: normalized_brain(networks, b.images, b.mask, preset.side // 2) for b in apart
     }
-    sites = sorted({brain.site for brain in learn})
-    judged = {
-        name: discriminator_scores(networks, some, sites, seed)
-        for name, some in (("training", learn), ("held_out", apart))
-        if networks.discriminator is not None
-    }
-    networks.cpu()
     scores = {
         **site_facts(learn, apart),
         **run_facts(run),
         **_held_out_scores(apart, results),
-        **({"discriminator": judged} if judged else {}),
+        **_judged(networks, learn, apart, seed),
         **({"appearance_of": appearance.site} if appearance else {}),
     }
+    networks.cpu()
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
     part = Part(networks, modalities, alike, normal, scores)
     files = {
@@ -232,6 +226,25 @@ def fit_part(
         "normalized.png": _picture(apart, results),
     }
     return part, files
+
+
+def _judged(
+    networks: NormalizerNetworks,
+    learn: Sequence[LabelledBrain],
+    apart: Sequence[LabelledBrain],
+    seed: int,
+) -> dict[str, Any]:
+    """What the discriminator takes cubes of both groups for; nothing without one."""
+    if networks.discriminator is None:
+        return {}
+    sites = sorted({brain.site for brain in learn})
+    groups = {"training": learn, "held_out": apart}
+    return {
+        "discriminator": {
+            name: discriminator_scores(networks, group, sites, seed)
+            for name, group in groups.items()
+        }
+    }
 
 
 def _held_out_scores(

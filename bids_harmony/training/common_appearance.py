@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import TISSUES
+from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
 _LEVELS = 32
@@ -37,15 +38,13 @@ class CommonAppearance:
     quantiles: Tensor
 
     @classmethod
-    def of(cls, brains: Sequence[LabelledBrain], brightest: float) -> CommonAppearance:
+    def of(cls, brains: Sequence[LabelledBrain]) -> CommonAppearance:
         """That of the site with the best `separation`, on average over its brains.
 
         Parameters
         ----------
         brains
-            Of the training, not empty.
-        brightest
-            Intensities above are cut: none is drawn.
+            Of the training, not empty; intensities above `BRIGHTEST` are cut: none is drawn.
 
         Raises
         ------
@@ -56,8 +55,7 @@ class CommonAppearance:
         for brain in brains:
             of_site.setdefault(brain.site, []).append(brain)
         means = {
-            site: sum(separation(b, brightest) for b in group) / len(group)
-            for site, group in of_site.items()
+            site: sum(separation(b) for b in group) / len(group) for site, group in of_site.items()
         }
         site = max(sorted(means), key=lambda name: means[name])
         if not means[site] > 0:
@@ -67,7 +65,7 @@ class CommonAppearance:
             )
         found = [
             [
-                _quantiles(brain.images[:, brain.labels == tissue].clamp(0, brightest))
+                _quantiles(brain.images[:, brain.labels == tissue].clamp(0, BRIGHTEST))
                 for tissue in TISSUES.values()
             ]
             for brain in of_site[site]
@@ -76,15 +74,15 @@ class CommonAppearance:
         return cls(site, torch.stack(rows).nanmean(0))
 
 
-def separation(brain: LabelledBrain, brightest: float) -> float:
+def separation(brain: LabelledBrain) -> float:
     """How well neighbouring tissues are told apart by intensity, in pooled standard deviations.
 
     The smaller of CSF from grey and grey from white matter (d'; of several modalities the root of
     the sum of squares); of the one that there is where a tissue is missing, 0 without any.
-    Intensities above `brightest` are cut.
+    Intensities above `BRIGHTEST` are cut.
     """
     values = [
-        brain.images[:, brain.labels == tissue].double().clamp(0, brightest)
+        brain.images[:, brain.labels == tissue].double().clamp(0, BRIGHTEST)
         for tissue in TISSUES.values()
     ]
     apart = []
