@@ -403,3 +403,48 @@ def test_labels_are_kept_for_the_same_voxels_alone(tmp_path):
     segmented({"image": image * 2}, np.diag((2, 2, 2, 1)), mask, tmp_path)
     segmented({"image": image * 2}, np.eye(4), away < 8, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_real_tissues_compares_with_each_sites_own_labels(monkeypatch, tmp_path):
+    """A site without labels is segmented; DLMUSE's numbers become tissues."""
+    table = module("tables.real_tissues")
+    people = {site: some[:2] for site, some in table.PEOPLE.items()}
+    monkeypatch.setattr(table, "PEOPLE", people)
+    monkeypatch.setattr(table, "TESTED", 1)
+    away = np.linalg.norm(np.indices((40, 40, 40)) - 19.5, axis=0)
+    tissues = np.select([away < 8, away < 13, away < 17], [3, 2, 1], 0)
+    image = np.array([0, 300, 600, 900])[tissues] * (1 + 0.004 * np.arange(40))
+    affine = np.diag((2, 2, 2, 1.0))
+    data = tmp_path / "data"
+
+    def write(values, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nb.Nifti1Image(values, affine).to_filename(path)
+
+    for person in [p for some in people.values() for p in some]:
+        name = f"sub-{person}/anat/sub-{person}"
+        write(image.astype(np.float32), data / f"{name}_T1w.nii.gz")
+    labels = data / "derivatives" / "dlmuse"
+    muse = np.array([0, 51, 59, 81], np.uint8)[tissues]  # ventricle, thalamus, frontal lobe
+    for person in people[table.LABELLED]:
+        write(muse, labels / f"sub-{person}/anat/sub-{person}_dseg.nii.gz")
+    (labels / "dataset_description.json").write_text(
+        json.dumps(
+            {
+                "Name": "DLMUSE",
+                "BIDSVersion": "1.9.0",
+                "DatasetType": "derivative",
+                "GeneratedBy": [{"Name": "DLMUSE"}],
+            }
+        )
+    )
+    cohort = table.RealTissues().prepare(data, tmp_path / "work")
+    (case,) = cohort.cases
+    assert [scan.site for scan in case.scans] == [table.LABELLED, table.OTHER]
+    assert not {scan.subject for scan in case.scans} & set(cohort.training)
+    harness = module("harness")
+    prep = harness.Prepared(cohort, tmp_path / "work", harness.Settings(tmp_path))
+    for scan in case.scans:
+        found, placed = table.RealTissues()._labels_of(scan, prep)
+        assert np.mean(found == tissues) > 0.98, scan.site
+        np.testing.assert_array_equal(placed, affine)
