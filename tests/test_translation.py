@@ -39,6 +39,7 @@ def one_thread():
 SITES = {"a": (1, 2, 3), "b": (4, 5, 6)}
 VOLUMES = contrast_brains.cohort(SITES, ("T1w",))
 AT_A = frozenset(v.name for v in VOLUMES if v.site == "a")
+NO_SITES = torch.zeros(2, dtype=torch.long)
 TRAVELLERS = contrast_brains.cohort({"a": (1, 2, 3), "b": (1, 2, 3)}, ("T1w",))
 
 
@@ -126,10 +127,21 @@ def test_slices_of_two_groups():
         [b for b in brains if not b.wanted], [b for b in brains if b.wanted], side=40, count=64
     )
     batch = draw(generator())
-    means = [float(x[m > 0].mean()) for x, m in (batch[:2], batch[2:])]
+    means = [float(x[m > 0].mean()) for x, m in (batch[:2], batch[2:4])]
     truth = [np.mean([v.data[v.mask].mean() for v in VOLUMES if v.site == s]) for s in "ba"]
     assert means == pytest.approx(truth, abs=0.06)
     assert not batch.input[batch.input_mask == 0].any()
+
+
+def test_slices_tell_the_wanted_site():
+    brains = site_brains(VOLUMES, AT_A)
+    batch = translation.UnpairedSlices(brains, brains, side=40, count=64)(generator())
+    assert set(batch.site.tolist()) == {0, 1}
+    for number, site in enumerate("ab"):
+        of = batch.site == number
+        truth = np.mean([v.data[v.mask].mean() for v in VOLUMES if v.site == site])
+        found = float(batch.wanted[of][batch.wanted_mask[of] > 0].mean())
+        assert found == pytest.approx(truth, abs=0.08)
 
 
 def test_paired_loss_is_l1_and_edges():
@@ -142,7 +154,7 @@ def test_paired_loss_is_l1_and_edges():
     for _ in range(3):
         edges = edges + rest.diff(dim=-1).abs().mean() + rest.diff(dim=-2).abs().mean()
         rest = torch.nn.functional.avg_pool2d(rest, 2)
-    found = translation.paired_loss(net, translation.SlicePair(x, m, y, m))
+    found = translation.paired_loss(net, translation.SlicePair(x, m, y, m, NO_SITES))
     assert found.item() == pytest.approx(float(l1 + 0.5 * edges), abs=1e-6)
 
 
@@ -159,7 +171,7 @@ def test_cycle_losses_of_networks_that_do_nothing():
     nets = CycleNetworks(4, 2).eval()
     x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
     ones = torch.ones_like(x)
-    batch = translation.SlicePair(x, ones, y, ones)
+    batch = translation.SlicePair(x, ones, y, ones, NO_SITES)
     of_y, of_x = nets.judges
     fooled = (of_y(x) - 1).square().mean() + (of_x(y) - 1).square().mean()
     assert translation.cycle_loss(nets, batch).item() == pytest.approx(fooled.item(), rel=1e-4)
@@ -183,7 +195,7 @@ def test_cycle_losses_of_translators_that_add_a_number():
     x_mask, y_mask = torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
     x_mask[..., :20, :12], y_mask[..., 8:, 10:] = 1, 1
     x, y = torch.rand_like(x_mask) * x_mask, torch.rand_like(y_mask) * y_mask
-    batch = translation.SlicePair(x, x_mask, y, y_mask)
+    batch = translation.SlicePair(x, x_mask, y, y_mask, NO_SITES)
     to_y, to_x = (x + add) * x_mask, (y - back) * y_mask
     of_y, of_x = nets.judges
     mean = translation.patch_mean
@@ -197,17 +209,42 @@ def test_cycle_losses_of_translators_that_add_a_number():
     assert found == pytest.approx(0.5 * judged.item(), rel=1e-4)
 
 
-def test_style_judge_moves_the_judge_alone():
-    nets = StyleNetworks(4, 2)
+def test_style_losses_ask_for_the_wanted_site():
+    """Each slice is judged as one of the wanted site, by its share of brain."""
+    nets = StyleNetworks(4, 2, 3).eval()
     x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
-    ones = torch.ones_like(x)
-    batch = translation.SlicePair(x, ones, y, ones)
-    translation.style_judge_loss(nets, batch).backward()
+    x_mask, y_mask = torch.ones_like(x), torch.ones_like(y)
+    x_mask[..., 16:, :], y_mask[..., :8] = 0, 0
+    x, y = x * x_mask, y * y_mask
+    batch = translation.SlicePair(x, x_mask, y, y_mask, torch.tensor([2, 0]))
+    own, style = nets.encoder(x), nets.encoder(y)
+    drawn = nets.draw(x, style, x_mask)
+    softplus, mean = torch.nn.functional.softplus, translation.patch_mean
+    of_y, of_drawn = (
+        torch.stack((nets.judge(k)[0, 2], nets.judge(k)[1, 0]))[:, None] for k in (y, drawn)
+    )
+    judged = mean(softplus(-of_y), y_mask) + mean(softplus(of_drawn), x_mask)
+    found = translation.style_judge_loss(nets, batch)
+    assert found.item() == pytest.approx(judged.item(), rel=1e-4)
+    found.backward()
     moved_ones = {name.split(".")[0] for name, p in nets.named_parameters() if p.grad is not None}
     assert moved_ones == {"judge"}
-    assert torch.isfinite(translation.style_loss(nets, batch))
-    style = nets.encoder(y)
-    assert nets.draw(x, style, ones).shape == x.shape
+
+    def apart(a, b):
+        return (a - b).abs().sum() / x_mask.sum()
+
+    cycle = apart(nets.draw(drawn, own, x_mask), x) + apart(nets.draw(x, own, x_mask), x)
+    diverse = apart(drawn, nets.draw(x, style[[1, 0]], x_mask))
+    told = (nets.encoder(drawn) - style).abs().mean()
+    expected = mean(softplus(-of_drawn), x_mask) + told + cycle - 0.2 * diverse
+    assert translation.style_loss(nets, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_drawings_stay_inside_the_mask():
+    nets = StyleNetworks(4, 2)
+    x, ones = torch.rand(2, 1, 32, 32), torch.ones(2, 1, 32, 32)
+    style = nets.encoder(x)
+    assert not torch.equal(nets.draw(x, style, ones), x)
     assert not nets.draw(x, style, 0 * ones).any()
 
 

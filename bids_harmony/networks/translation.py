@@ -63,9 +63,11 @@ class PatchDiscriminator(nn.Module):
     ----------
     base
         Channels of the first convolution.
+    sites
+        Numbers for each patch: one for each site that a slice can be taken for.
     """
 
-    def __init__(self, base: int = 16) -> None:
+    def __init__(self, base: int = 16, sites: int = 1) -> None:
         super().__init__()
         widths = (1, base, 2 * base, 4 * base, 8 * base)
         layers: list[nn.Module] = []
@@ -74,10 +76,11 @@ class PatchDiscriminator(nn.Module):
             # the norm takes their scale away; larger weights turn more slowly under Adam
             nn.init.kaiming_normal_(conv.weight, a=_LEAK)
             layers += [spectral_norm(conv), nn.LeakyReLU(_LEAK)]
-        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1)))
+        last = nn.Conv2d(widths[-1], sites, 3, padding=1)
+        self.layers = nn.Sequential(*layers, spectral_norm(last))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, H, W) to (B, 1, H / 16, W / 16), rounded down, float32; H, W at least 16."""
+        """(B, 1, H, W) to (B, sites, H / 16, W / 16), rounded down, float32; H, W from 16 on."""
         out: Tensor = self.layers(x).float()
         return out
 
@@ -140,20 +143,23 @@ class _Styled(nn.Module):
 
 
 class StyleNetworks(nn.Module):
-    """StarGAN v2 (Choi et al. 2020) for one domain, as Liu et al. (2021) use it.
+    """StarGAN v2 (Choi et al. 2020) with the style of reference slices, as in Liu et al. (2021).
 
     One translator for all sites takes the wanted style from another slice; a style encoder and
-    a discriminator train with it.
+    a discriminator train with it. Slices are drawn anew: a translator that adds to them was still
+    the identity after 500 steps.
 
     Parameters
     ----------
     base, levels
         Channels at full resolution, and how often the size is halved.
+    sites
+        Of the training; the discriminator looks at each by itself.
     """
 
-    def __init__(self, base: int = 16, levels: int = 2) -> None:
+    def __init__(self, base: int = 16, levels: int = 2, sites: int = 1) -> None:
         super().__init__()
-        self.base, self.levels = base, levels
+        self.base, self.levels, self.sites = base, levels, sites
         widths = [base * 2**level for level in range(levels + 1)]
         self.first = nn.Conv2d(1, base, 3, padding=1)
         self.down = Modules(
@@ -167,7 +173,7 @@ class StyleNetworks(nn.Module):
         self.up = Modules(_Styled(b, a) for a, b in list(pairwise(widths))[::-1])
         self.last = _Styled(base, 1)
         self.encoder = StyleEncoder(base)
-        self.judge = PatchDiscriminator(base)
+        self.judge = PatchDiscriminator(base, sites)
 
     @property
     def divisor(self) -> int:
@@ -176,12 +182,12 @@ class StyleNetworks(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Arguments that make the same networks, untrained."""
-        return {"base": self.base, "levels": self.levels}
+        return {"base": self.base, "levels": self.levels, "sites": self.sites}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> StyleNetworks:
         """Inverse of `config`."""
-        return cls(int(config["base"]), int(config["levels"]))
+        return cls(*(int(config[name]) for name in ("base", "levels", "sites")))
 
     def draw(self, x: Tensor, style: Tensor, mask: Tensor) -> Tensor:
         """Slices (B, 1, H, W) in styles (B, 16), float32, 0 outside the mask."""

@@ -19,7 +19,7 @@ from bids_harmony.training.slices import on_canvas
 # A tenth of the paper's: with those no translator left the identity, sites differ too little.
 _CYCLE, _IDENTITY = 1.0, 0.5
 _EDGES = 0.5
-_STYLE, _DIVERSITY, _STYLE_CYCLE = 1.0, 0.2, 5.0
+_STYLE, _DIVERSITY, _STYLE_CYCLE = 1.0, 0.2, 1.0
 _QUANTILES = 17
 
 
@@ -42,13 +42,14 @@ class SlicePair(NamedTuple):
     """Slices (B, 1, s, s) of the input and of what is wanted, with their masks.
 
     For paired training they show one place of one person; else two people's slices across the
-    same axis.
+    same axis. `site` (B,) is the number of the wanted slice's site, in the order of names.
     """
 
     input: Tensor
     input_mask: Tensor
     wanted: Tensor
     wanted_mask: Tensor
+    site: Tensor
 
 
 class PairedSlices:
@@ -83,7 +84,8 @@ class PairedSlices:
             parts = []
             for image in self._images[index]:
                 parts += [_slice(image, axis, place), common]
-            rows.append(_placed(parts, self._side, bool(mirrored) and axis != 0))
+            placed = _placed(parts, self._side, bool(mirrored) and axis != 0)
+            rows.append([*placed, torch.tensor(0)])
         return SlicePair(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
@@ -116,14 +118,16 @@ class UnpairedSlices:
         rows = []
         for _ in range(self._count):
             axis, mirrored = pick(3, generator), pick(2, generator)
-            parts = []
+            parts, number = [], 0
             for sites in self._groups:
-                of_site = sites[pick(len(sites), generator)]
+                number = pick(len(sites), generator)
+                of_site = sites[number]
                 brain = of_site[pick(len(of_site), generator)]
                 usable = self._full[brain.name][axis]
                 place = usable[pick(len(usable), generator)]
                 parts += [_slice(brain.image, axis, place), _slice(brain.mask, axis, place)]
-            rows.append(_placed(parts, self._side, bool(mirrored) and axis != 0))
+            placed = _placed(parts, self._side, bool(mirrored) and axis != 0)
+            rows.append([*placed, torch.tensor(number)])
         return SlicePair(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
@@ -158,7 +162,7 @@ def patch_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def cycle_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
     """Least-squares GAN losses of both translators, cycle (1) and identity (0.5) losses."""
-    x, x_mask, y, y_mask = batch
+    x, x_mask, y, y_mask, _ = batch
     to_y, to_x = networks.to_reference(x, x_mask), networks.to_other(y, y_mask)
     judge_y, judge_x = networks.judges
     fooled = patch_mean((judge_y(to_y) - 1).square(), x_mask)
@@ -172,7 +176,7 @@ def cycle_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
 
 def cycle_judge_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
     """Least-squares GAN losses of both discriminators."""
-    x, x_mask, y, y_mask = batch
+    x, x_mask, y, y_mask, _ = batch
     with torch.no_grad():
         to_y, to_x = networks.to_reference(x, x_mask), networks.to_other(y, y_mask)
     judge_y, judge_x = networks.judges
@@ -187,10 +191,10 @@ def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
 
     The second style of the diversity loss is the next slice's of the batch.
     """
-    x, mask, y, _ = batch
+    x, mask, y, _, site = batch
     style = networks.encoder(y)
     drawn = networks.draw(x, style, mask)
-    fooled = patch_mean(functional.softplus(-networks.judge(drawn)), mask)
+    fooled = patch_mean(functional.softplus(-_taken_for(networks, drawn, site)), mask)
     told = (networks.encoder(drawn) - style).abs().mean()
     other = networks.draw(x, style.roll(1, 0), mask).detach()
     diverse = masked_l1(drawn, other, mask)
@@ -201,12 +205,18 @@ def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
 
 
 def style_judge_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
-    """Logistic loss of the discriminator."""
-    x, mask, y, y_mask = batch
+    """Logistic loss of the discriminator: slices of the wanted site, and those drawn like them."""
+    x, mask, y, y_mask, site = batch
     with torch.no_grad():
         drawn = networks.draw(x, networks.encoder(y), mask)
-    real = patch_mean(functional.softplus(-networks.judge(y)), y_mask)
-    return real + patch_mean(functional.softplus(networks.judge(drawn)), mask)
+    real = patch_mean(functional.softplus(-_taken_for(networks, y, site)), y_mask)
+    return real + patch_mean(functional.softplus(_taken_for(networks, drawn, site)), mask)
+
+
+def _taken_for(networks: StyleNetworks, x: Tensor, site: Tensor) -> Tensor:
+    """What the discriminator says to slices as those of sites (B,), (B, 1, h, w)."""
+    found = networks.judge(x)
+    return found[torch.arange(len(found), device=found.device), site][:, None]
 
 
 def intensity_distance(first: Tensor, mask: Tensor, second: Tensor, other_mask: Tensor) -> float:
