@@ -232,6 +232,22 @@ def test_one_checkpoint_in_the_folder(tmp_path):
     assert [p.name for p in (tmp_path / "below" / "a").iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "of another network"])
+def test_a_checkpoint_that_does_not_fit_is_told_and_left(tmp_path, caplog, broken):
+    if broken:
+        (tmp_path / "last.ckpt").write_bytes(b"half of a file")
+    else:
+        other = Toy()
+        other.network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        other.train(folder=tmp_path)
+    toy, alone = Toy(), Toy()
+    assert toy.train(folder=tmp_path).steps == alone.train().steps
+    assert torch.equal(toy.weights(), alone.weights())
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "the training starts anew" in line
+    assert str(tmp_path / "last.ckpt") in line
+
+
 def test_lightning_is_silent_and_the_network_has_its_name(tmp_path, capfd, caplog, recwarn):
     caplog.set_level(logging.INFO, "bids_harmony")
     Toy().train(folder=tmp_path)

@@ -15,6 +15,7 @@ import contrast_brains  # noqa: E402
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.imaging.align import find_rigid, moved, mutual_information  # noqa: E402
+from bids_harmony.methods import stylegan  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.cyclegan import CycleGan  # noqa: E402
@@ -39,7 +40,7 @@ def one_thread():
 SITES = {"a": (1, 2, 3), "b": (4, 5, 6)}
 VOLUMES = contrast_brains.cohort(SITES, ("T1w",))
 AT_A = frozenset(v.name for v in VOLUMES if v.site == "a")
-NO_SITES = torch.zeros(2, dtype=torch.long)
+SITE_0 = torch.zeros(2, dtype=torch.long)
 TRAVELLERS = contrast_brains.cohort({"a": (1, 2, 3), "b": (1, 2, 3)}, ("T1w",))
 
 
@@ -133,15 +134,31 @@ def test_slices_of_two_groups():
     assert not batch.input[batch.input_mask == 0].any()
 
 
+def flat_brains(**levels):
+    """A brain of one grey value for each site, in the order of their names."""
+    first = site_brains(VOLUMES, AT_A)[0]
+    return [
+        replace(first, image=level * first.mask, site=site, name=site, subject=site)
+        for site, level in levels.items()
+    ]
+
+
 def test_slices_tell_the_wanted_site():
-    brains = site_brains(VOLUMES, AT_A)
+    brains = flat_brains(a=0.3, b=0.7)
     batch = translation.UnpairedSlices(brains, brains, side=40, count=64)(generator())
-    assert set(batch.site.tolist()) == {0, 1}
-    for number, site in enumerate("ab"):
-        of = batch.site == number
-        truth = np.mean([v.data[v.mask].mean() for v in VOLUMES if v.site == site])
-        found = float(batch.wanted[of][batch.wanted_mask[of] > 0].mean())
-        assert found == pytest.approx(truth, abs=0.08)
+    assert set(batch.wanted_site.tolist()) == {0, 1}
+    level = torch.tensor([0.3, 0.7])[batch.wanted_site][:, None, None, None]
+    assert torch.equal(batch.wanted, level * batch.wanted_mask)
+
+
+def test_held_out_score_of_styles_is_by_site():
+    """Of two sites .4 apart an unchanged slice is .2 away on average, not 0 as both together."""
+    brains = flat_brains(a=0.3, b=0.7)
+    nets = StyleNetworks(4, 2, 2)
+    nets.draw = lambda x, style, mask: x
+    drawer = translation.UnpairedSlices(brains, brains, side=40, count=16)
+    score = stylegan._held_out(nets, drawer, seed=0)
+    assert score() == pytest.approx(0.2, abs=0.06)
 
 
 def test_paired_loss_is_l1_and_edges():
@@ -154,7 +171,7 @@ def test_paired_loss_is_l1_and_edges():
     for _ in range(3):
         edges = edges + rest.diff(dim=-1).abs().mean() + rest.diff(dim=-2).abs().mean()
         rest = torch.nn.functional.avg_pool2d(rest, 2)
-    found = translation.paired_loss(net, translation.SlicePair(x, m, y, m, NO_SITES))
+    found = translation.paired_loss(net, translation.SlicePair(x, m, y, m, SITE_0))
     assert found.item() == pytest.approx(float(l1 + 0.5 * edges), abs=1e-6)
 
 
@@ -171,7 +188,7 @@ def test_cycle_losses_of_networks_that_do_nothing():
     nets = CycleNetworks(4, 2).eval()
     x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
     ones = torch.ones_like(x)
-    batch = translation.SlicePair(x, ones, y, ones, NO_SITES)
+    batch = translation.SlicePair(x, ones, y, ones, SITE_0)
     of_y, of_x = nets.judges
     fooled = (of_y(x) - 1).square().mean() + (of_x(y) - 1).square().mean()
     assert translation.cycle_loss(nets, batch).item() == pytest.approx(fooled.item(), rel=1e-4)
@@ -195,7 +212,7 @@ def test_cycle_losses_of_translators_that_add_a_number():
     x_mask, y_mask = torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
     x_mask[..., :20, :12], y_mask[..., 8:, 10:] = 1, 1
     x, y = torch.rand_like(x_mask) * x_mask, torch.rand_like(y_mask) * y_mask
-    batch = translation.SlicePair(x, x_mask, y, y_mask, NO_SITES)
+    batch = translation.SlicePair(x, x_mask, y, y_mask, SITE_0)
     to_y, to_x = (x + add) * x_mask, (y - back) * y_mask
     of_y, of_x = nets.judges
     mean = translation.patch_mean
@@ -212,16 +229,17 @@ def test_cycle_losses_of_translators_that_add_a_number():
 def test_style_losses_ask_for_the_wanted_site():
     """Each slice is judged as one of the wanted site, by its share of brain."""
     nets = StyleNetworks(4, 2, 3).eval()
-    x, y = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    x, y = torch.rand(3, 1, 32, 32), torch.rand(3, 1, 32, 32)
     x_mask, y_mask = torch.ones_like(x), torch.ones_like(y)
     x_mask[..., 16:, :], y_mask[..., :8] = 0, 0
     x, y = x * x_mask, y * y_mask
-    batch = translation.SlicePair(x, x_mask, y, y_mask, torch.tensor([2, 0]))
+    batch = translation.SlicePair(x, x_mask, y, y_mask, torch.tensor([2, 0, 1]))
     own, style = nets.encoder(x), nets.encoder(y)
     drawn = nets.draw(x, style, x_mask)
     softplus, mean = torch.nn.functional.softplus, translation.patch_mean
     of_y, of_drawn = (
-        torch.stack((nets.judge(k)[0, 2], nets.judge(k)[1, 0]))[:, None] for k in (y, drawn)
+        torch.stack([nets.judge(k)[row, site] for row, site in enumerate((2, 0, 1))])[:, None]
+        for k in (y, drawn)
     )
     judged = mean(softplus(-of_y), y_mask) + mean(softplus(of_drawn), x_mask)
     found = translation.style_judge_loss(nets, batch)
@@ -234,10 +252,16 @@ def test_style_losses_ask_for_the_wanted_site():
         return (a - b).abs().sum() / x_mask.sum()
 
     cycle = apart(nets.draw(drawn, own, x_mask), x) + apart(nets.draw(x, own, x_mask), x)
-    diverse = apart(drawn, nets.draw(x, style[[1, 0]], x_mask))
+    diverse = apart(drawn, nets.draw(x, style[[2, 0, 1]], x_mask))
     told = (nets.encoder(drawn) - style).abs().mean()
     expected = mean(softplus(-of_drawn), x_mask) + told + cycle - 0.2 * diverse
     assert translation.style_loss(nets, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_networks_of_before_sites_were_told_apart():
+    config = StyleNetworks(4, 2).config()
+    del config["sites"]
+    assert StyleNetworks.from_config(config).sites == 1
 
 
 def test_drawings_stay_inside_the_mask():

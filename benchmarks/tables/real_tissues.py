@@ -19,7 +19,7 @@ from benchmarks.trials import Trial, scans_of
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.tissue_labels import find_tissue_labels
 from bids_harmony.bids.write import atomic_write_text, save_nifti, write_json
-from bids_harmony.errors import MissingInputError
+from bids_harmony.errors import MissingInputError, ScanError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.interfaces.ants import ants_session
@@ -33,7 +33,7 @@ PEOPLE: Mapping[str, tuple[str, ...]] = {
 }
 TESTED = 3  # of each
 BOTH = f"{LABELLED} and {OTHER}"
-_SILVER = "atropos"
+_ATROPOS = "atropos"
 
 TRIALS = tuple(
     Trial(f"{method}-real", method, ("--preset", "cpu"), neural=True)
@@ -51,10 +51,10 @@ class RealTissues(Tissues):
         f"{OTHER} (.87 mm, labels by Atropos of the scan after N4, 3 classes: no truth, and its "
         "cerebrospinal fluid reaches into the sulci, where DLMUSE has none). Trained on "
         f"{len(PEOPLE[OTHER]) - TESTED} people of each, tested on {TESTED} others of each. A row "
-        "is a pair of people, one of each site: Dice and mean Hausdorff distance (MHD) are means "
-        "over both scans, against each site's own labels; the Jensen-Shannon divergence (JSD, "
-        "bits) is between two people, so that some of it is anatomy. Bias and discriminator as in "
-        "`tissues`. The paper's data are other scans, with labels by hand."
+        "is a pair of people, one of each site (intervals: over pairs). Dice and mean Hausdorff "
+        "distance (MHD) are means over both scans, against each site's own labels; the "
+        "Jensen-Shannon divergence (JSD, bits) is between two people, so that some of it is "
+        "anatomy. Bias and discriminator as in `tissues`. The paper's data are other scans, with labels by hand."
     )
     trials: ClassVar[tuple[str, ...]] = ("none", *(trial.label for trial in TRIALS))
     goals: ClassVar[tuple[Goal, ...]] = (
@@ -83,10 +83,10 @@ class RealTissues(Tissues):
             write_description(root, self.title)
             for person in sites:
                 copy_participant(need(data / f"sub-{person}"), root)
-            labels = root / "derivatives" / "dlmuse"
-            labels.parent.mkdir(exist_ok=True)
-            if not labels.exists():
-                labels.symlink_to(need(data / "derivatives" / "dlmuse").absolute())
+            link = root / "derivatives" / "dlmuse"
+            link.parent.mkdir(exist_ok=True)
+            if not link.exists():
+                link.symlink_to(need(data / "derivatives" / "dlmuse").absolute())
             write_participants(root, sites)
         _segment(scans_of(root, PEOPLE[OTHER]), folder)
         tested = [people[-TESTED:] for people in PEOPLE.values()]
@@ -106,17 +106,19 @@ class RealTissues(Tissues):
         if found is None:
             raise MissingInputError(f"{scan.path}: {'; '.join(notes)}")
         labels, affine = read(found.files["dseg"])
+        if not np.allclose(affine, conform(scan.path).affine, atol=1e-3):
+            raise ScanError(f"{found.files['dseg']}: is not on the grid of {scan.path}")
         return labels_of(tissue_shares({"dseg": labels}, found.mapping)), affine
 
 
 def _label_folders(root: Path) -> dict[str, Path]:
     """Derivatives with labels, by name."""
-    return {name: root / "derivatives" / name for name in ("dlmuse", _SILVER)}
+    return {name: root / "derivatives" / name for name in ("dlmuse", _ATROPOS)}
 
 
 def _segment(scans: list[Scan], folder: Path) -> None:
     """Labels of skull-stripped scans by Atropos, after N4, as derivatives of the data set."""
-    root = folder / "bids" / "derivatives" / _SILVER
+    root = folder / "bids" / "derivatives" / _ATROPOS
     write_json(
         root / "dataset_description.json",
         {

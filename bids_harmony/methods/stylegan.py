@@ -47,9 +47,10 @@ _PAPER = Preset(1.0, 48, 3, 8, Plan(60_000, 1e-4, every=1000, patience=60), judg
 class StyleGan(ByStyle[TranslationPart], SliceTranslation[StyleNetworks]):
     """One network for all sites; the wanted style comes from reference images.
 
-    Departures from the paper: the mapping network, which makes up styles from noise, is left out;
-    the discriminator asks for each training site by itself, as in StarGAN v2 (one for all sites
-    takes an unchanged slice for a good one); the weight of the cycle loss is 1.
+    Departures from the paper: it needs no site labels, here the discriminator has an answer for
+    each training site, as in StarGAN v2 (one for all takes an unchanged slice for a good one); the
+    mapping network, which makes up styles from noise, is left out; a slice in its own style shall
+    be the slice; spectral norm instead of a gradient penalty.
     """
 
     name: ClassVar[str] = "stylegan"
@@ -150,8 +151,8 @@ def _held_out(networks: StyleNetworks, drawer: UnpairedSlices, seed: int) -> Any
             same = networks.draw(x, networks.encoder(x), mask)
             errors.append(masked_l1(same, x, mask))
         made, far = torch.cat(drawn).cpu(), []
-        for site in whole.site.unique():
-            of = whole.site == site
+        for site in whole.wanted_site.unique():
+            of = whole.wanted_site == site
             far.append(
                 intensity_distance(
                     made[of], whole.input_mask[of], whole.wanted[of], whole.wanted_mask[of]

@@ -146,8 +146,7 @@ class StyleNetworks(nn.Module):
     """StarGAN v2 (Choi et al. 2020) with the style of reference slices, as in Liu et al. (2021).
 
     One translator for all sites takes the wanted style from another slice; a style encoder and
-    a discriminator train with it. Slices are drawn anew: a translator that adds to them was still
-    the identity after 500 steps.
+    a discriminator train with it. Slices are drawn anew, not changed by addition.
 
     Parameters
     ----------
@@ -187,7 +186,7 @@ class StyleNetworks(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> StyleNetworks:
         """Inverse of `config`."""
-        return cls(*(int(config[name]) for name in ("base", "levels", "sites")))
+        return cls(int(config["base"]), int(config["levels"]), int(config.get("sites", 1)))
 
     def draw(self, x: Tensor, style: Tensor, mask: Tensor) -> Tensor:
         """Slices (B, 1, H, W) in styles (B, 16), float32, 0 outside the mask."""

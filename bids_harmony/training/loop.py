@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import signal
 import warnings
 from collections.abc import Callable
@@ -35,8 +36,7 @@ def run(module: TrainingModule, device: str, folder: Path | None) -> Trained:
     timer = Timer(timedelta(minutes=plan.minutes) if plan.minutes else None, interval="step")
     module.timer = timer
     trainer = _trainer(plan, device, folder, [stop, timer, module.keeper])
-    last = folder / f"{_CHECKPOINT}.ckpt" if folder else None
-    _run(trainer, module, last if last is not None and last.is_file() else None)
+    _run(trainer, module, _checkpoint(folder, module) if folder else None)
     network.cpu().eval()
     if not module.keeper.state or not math.isfinite(module.keeper.score):
         raise HarmonyError(
@@ -76,6 +76,26 @@ def _trainer(
         num_sanity_val_steps=0,
         precision="bf16-mixed" if plan.half and _fast_half(device) else "32-true",
     )
+
+
+def _checkpoint(folder: Path, module: TrainingModule) -> Path | None:
+    """The state that a killed training left; none, and a warning, if it is of other networks."""
+    path = folder / f"{_CHECKPOINT}.ckpt"
+    if not path.is_file():
+        return None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError):
+        found = {}
+    wanted = {name: value.shape for name, value in module.state_dict().items()}
+    if {name: value.shape for name, value in found.items()} == wanted:
+        return path
+    LOG.warning(
+        "training %s: %s is broken or of another version's networks; the training starts anew",
+        module.name,
+        path,
+    )
+    return None
 
 
 def _run(trainer: lightning.Trainer, module: TrainingModule, checkpoint: Path | None) -> None:

@@ -42,14 +42,15 @@ class SlicePair(NamedTuple):
     """Slices (B, 1, s, s) of the input and of what is wanted, with their masks.
 
     For paired training they show one place of one person; else two people's slices across the
-    same axis. `site` (B,) is the number of the wanted slice's site, in the order of names.
+    same axis. `wanted_site` (B,) is the number of the wanted slice's site in the order of names, 0
+    where one site is wanted.
     """
 
     input: Tensor
     input_mask: Tensor
     wanted: Tensor
     wanted_mask: Tensor
-    site: Tensor
+    wanted_site: Tensor
 
 
 class PairedSlices:
@@ -119,9 +120,9 @@ class UnpairedSlices:
         for _ in range(self._count):
             axis, mirrored = pick(3, generator), pick(2, generator)
             parts, number = [], 0
-            for sites in self._groups:
-                number = pick(len(sites), generator)
-                of_site = sites[number]
+            for by_site in self._groups:  # the wanted one is the last
+                number = pick(len(by_site), generator)
+                of_site = by_site[number]
                 brain = of_site[pick(len(of_site), generator)]
                 usable = self._full[brain.name][axis]
                 place = usable[pick(len(usable), generator)]
@@ -189,7 +190,8 @@ def cycle_judge_loss(networks: CycleNetworks, batch: SlicePair) -> Tensor:
 def style_loss(networks: StyleNetworks, batch: SlicePair) -> Tensor:
     """Adversarial, style, cycle and diversity losses of StarGAN v2, styles from slices alone.
 
-    The second style of the diversity loss is the next slice's of the batch.
+    The second style of the diversity loss is the next slice's of the batch. Beside the way there
+    and back the slice in its own style shall be the slice.
     """
     x, mask, y, _, site = batch
     style = networks.encoder(y)
