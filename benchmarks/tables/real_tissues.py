@@ -54,7 +54,8 @@ class RealTissues(Tissues):
         "is a pair of people, one of each site (intervals: over pairs). Dice and mean Hausdorff "
         "distance (MHD) are means over both scans, against each site's own labels; the "
         "Jensen-Shannon divergence (JSD, bits) is between two people, so that some of it is "
-        "anatomy. Bias and discriminator as in `tissues`. The paper's data are other scans, with labels by hand."
+        "anatomy. Bias and discriminator as in `tissues`. The paper's data are other scans, with "
+        "labels by hand."
     )
     trials: ClassVar[tuple[str, ...]] = ("none", *(trial.label for trial in TRIALS))
     goals: ClassVar[tuple[Goal, ...]] = (
