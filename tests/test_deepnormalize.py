@@ -527,12 +527,12 @@ def test_training_makes_sites_alike_and_finds_tissues(monkeypatch):
     scores = model.scores()["T1w"]
     assert min(scores["held_out_dice"].values()) > 0.9
     bits = scores["held_out_divergence_of_sites_bits"]
-    assert bits["after"] < 0.75 * bits["before"]  # .54, .66 on two processors
+    assert bits["after"] < 0.65 * bits["before"]  # .54 on one processor, .66 on another
     one, other = (labelled(50, site) for site in "ab")
     white = one.labels == 3
     results = [model.harmonize(scan, seed=0).data[white].mean() for scan in (one, other)]
     before = one.data[white].mean() - other.data[white].mean()
-    assert abs(results[0] - results[1]) < 0.7 * before  # .2 and .58
+    assert abs(results[0] - results[1]) < 0.4 * before  # .2 and .58
 
 
 def test_labels_become_shares_and_shares_labels():
