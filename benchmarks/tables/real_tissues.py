@@ -14,11 +14,18 @@ from benchmarks.data import copy_participant, need, write_description, write_par
 from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Prepared, read
 from benchmarks.scoring import segmented
-from benchmarks.tables.tissues import Tissues
+from benchmarks.tables.tissues import (
+    ALIKE,
+    METHODS,
+    PAPER_TWO,
+    UNBIASED,
+    Tissues,
+    as_good_as,
+)
 from benchmarks.trials import Trial, scans_of
 from bids_harmony.bids.scan import Scan
 from bids_harmony.bids.tissue_labels import find_tissue_labels
-from bids_harmony.bids.write import atomic_write_text, save_nifti, write_json
+from bids_harmony.bids.write import save_nifti, write_json, write_tsv
 from bids_harmony.errors import MissingInputError, ScanError
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.tissues import TISSUES
@@ -36,8 +43,7 @@ BOTH = f"{LABELLED} and {OTHER}"
 _ATROPOS = "atropos"
 
 TRIALS = tuple(
-    Trial(f"{method}-real", method, ("--preset", "cpu"), neural=True)
-    for method in ("standardization", "preprocessor", "deepnormalize")
+    Trial(f"{method}-real", method, ("--preset", "cpu"), neural=True) for method in METHODS
 )
 
 
@@ -59,17 +65,13 @@ class RealTissues(Tissues):
     )
     trials: ClassVar[tuple[str, ...]] = ("none", *(trial.label for trial in TRIALS))
     goals: ClassVar[tuple[Goal, ...]] = (
-        Goal("JSD after / before at most .03", "jsd_ratio", 0.03, floor=False),
-        Goal("Dice at most .003 below the pre-processor's", "dice", -0.003,
-             above="preprocessor-real"),
-        Goal("bias at a slope of 0.5 down by half", "bias_ratio", 0.5, floor=False),
-    )  # fmt: skip
+        ALIKE,
+        as_good_as("preprocessor-real", BOTH),
+        UNBIASED,
+    )
     paper: ClassVar[Mapping[tuple[str, str], Mapping[str, float]]] = {
-        ("standardization-real", BOTH): {"dice": 0.841, "mhd": 0.675},
-        ("preprocessor-real", BOTH): {"dice": 0.870, "mhd": 0.482, "jsd_ratio": 0.134},
-        ("deepnormalize-real", BOTH): {"dice": 0.867, "mhd": 0.444, "jsd_ratio": 0.134,
-                                       "bias_ratio": 0.62, "judged_held_out": 32.58},
-    }  # fmt: skip
+        (f"{method}-real", BOTH): found for method, found in PAPER_TWO.items()
+    }
 
     def arguments(self, cohort: Cohort) -> tuple[str, ...]:
         """Both sites' labels."""
@@ -129,8 +131,7 @@ def _segment(scans: list[Scan], folder: Path) -> None:
             "GeneratedBy": [{"Name": "antspyx"}],
         },
     )
-    rows = [f"{number}\t{name}\t{name}" for name, number in TISSUES.items()]
-    atomic_write_text(root / "dseg.tsv", "\n".join(["index\tname\tabbreviation", *rows]) + "\n")
+    write_tsv(root / "dseg.tsv", [{"index": k, "name": tissue} for tissue, k in TISSUES.items()])
     for scan in scans:
         target = root / f"sub-{scan.subject}" / "anat" / f"sub-{scan.subject}_dseg.nii.gz"
         if target.is_file():

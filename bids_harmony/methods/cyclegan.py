@@ -27,11 +27,12 @@ from bids_harmony.training.plan import Adversary, Plan
 from bids_harmony.training.slice_losses import masked_l1
 from bids_harmony.training.translation import (
     SiteBrain,
-    SlicePair,
     UnpairedSlices,
     cycle_judge_loss,
     cycle_loss,
+    fixed_slices,
     intensity_distance,
+    joined,
 )
 
 _CHECKS = 8
@@ -110,8 +111,8 @@ class CycleGan(SliceTranslation[SliceTranslator]):
 
 def _held_out(networks: CycleNetworks, drawer: UnpairedSlices, seed: int) -> Any:
     """There and back again on fixed slices, and how far intensities are from the reference's."""
-    source = torch.Generator().manual_seed(seed + 7)
-    batches = [drawer(source) for _ in range(_CHECKS)]
+    batches = fixed_slices(drawer, _CHECKS, seed)
+    whole = joined(batches)
 
     def score() -> float:
         device = next(networks.parameters()).device
@@ -121,7 +122,6 @@ def _held_out(networks: CycleNetworks, drawer: UnpairedSlices, seed: int) -> Any
             there = networks.to_reference(x, mask)
             errors.append(masked_l1(networks.to_other(there, mask), x, mask))
             drawn.append(there)
-        whole = SlicePair(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
         far = intensity_distance(
             torch.cat(drawn), whole.input_mask, whole.wanted, whole.wanted_mask
         )

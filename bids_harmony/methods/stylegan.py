@@ -30,9 +30,10 @@ from bids_harmony.training.slice_losses import masked_l1
 from bids_harmony.training.slices import canvas_size, on_canvas
 from bids_harmony.training.translation import (
     SiteBrain,
-    SlicePair,
     UnpairedSlices,
+    fixed_slices,
     intensity_distance,
+    joined,
     style_judge_loss,
     style_loss,
 )
@@ -138,9 +139,8 @@ def style_of(networks: StyleNetworks, image: Tensor, mask: Tensor, side: int) ->
 
 def _held_out(networks: StyleNetworks, drawer: UnpairedSlices, seed: int) -> Any:
     """Own style drawn again on fixed slices, and intensities against those of each wanted site."""
-    source = torch.Generator().manual_seed(seed + 7)
-    batches = [drawer(source) for _ in range(_CHECKS)]
-    whole = SlicePair(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    batches = fixed_slices(drawer, _CHECKS, seed)
+    whole = joined(batches)
 
     def score() -> float:
         device = next(networks.parameters()).device

@@ -27,7 +27,13 @@ from bids_harmony.networks.translation import SliceTranslator
 from bids_harmony.training.fit import train_network
 from bids_harmony.training.plan import Plan
 from bids_harmony.training.slice_losses import masked_l1
-from bids_harmony.training.translation import PairedSlices, SiteBrain, SlicePair, paired_loss
+from bids_harmony.training.translation import (
+    PairedSlices,
+    SiteBrain,
+    SlicePair,
+    fixed_slices,
+    paired_loss,
+)
 
 LOG = logging.getLogger("bids_harmony")
 _CHECKS = 8
@@ -80,8 +86,7 @@ class PairedUNet(SliceTranslation[SliceTranslator]):
         network = SliceTranslator(preset.base, preset.levels)
         side = canvas_of(brains, network.divisor)
         drawer = PairedSlices(checks, side=side, count=preset.batch)
-        source = torch.Generator().manual_seed(seed + 7)
-        batches = [drawer(source) for _ in range(_CHECKS)]
+        batches = fixed_slices(drawer, _CHECKS, seed)
 
         def score() -> float:
             device = next(network.parameters()).device

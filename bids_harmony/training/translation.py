@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,6 +130,19 @@ class UnpairedSlices:
             placed = _placed(parts, self._side, bool(mirrored) and axis != 0)
             rows.append([*placed, torch.tensor(number)])
         return SlicePair(*(torch.stack(part) for part in zip(*rows, strict=True)))
+
+
+def fixed_slices(
+    draw: Callable[[torch.Generator], SlicePair], count: int, seed: int
+) -> list[SlicePair]:
+    """Batches for a held-out score: the same for the same seed, others than of the training."""
+    source = torch.Generator().manual_seed(seed + 7)
+    return [draw(source) for _ in range(count)]
+
+
+def joined(batches: Sequence[SlicePair]) -> SlicePair:
+    """All slices of some batches as one."""
+    return SlicePair(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
 def _by_site(brains: Sequence[SiteBrain]) -> list[list[SiteBrain]]:
