@@ -56,6 +56,11 @@ class Precomputed:
         An earlier run's, on the coarse grid.
     lesions
         Mask of the scan's lesions, in its world space, perhaps on another grid.
+    registered_to
+        The scan's anchor in words, with what decides its voxels; empty when the scan is registered
+        to the template itself or its transform is the user's.
+    transform_doubts
+        What an earlier run of ours doubted about the transform.
     """
 
     mask: Path | None = None
@@ -66,6 +71,8 @@ class Precomputed:
     doubts: list[str] = field(default_factory=list)
     bias_field: Path | None = None
     lesions: Path | None = None
+    registered_to: str = ""
+    transform_doubts: list[str] = field(default_factory=list)
 
 
 def find_precomputed(scan: Scan, folders: Mapping[str, Path], template: str) -> Precomputed:

@@ -17,7 +17,7 @@ from typing import Any
 from bids_harmony.bids.database import files_in_database
 from bids_harmony.bids.entities import IMAGE_EXTENSIONS, name_fault, split_name
 from bids_harmony.bids.filters import Filters, check_filters, passes, read_labels
-from bids_harmony.bids.scan import Scan, ScanProblem
+from bids_harmony.bids.scan import MODALITIES, Scan, ScanProblem, with_anchors
 from bids_harmony.bids.sidecar import SidecarReader
 from bids_harmony.bids.sites import SiteFinder
 from bids_harmony.errors import (
@@ -142,22 +142,40 @@ def find_scans(
     for subject in subjects:
         files = listing.get(subject, []) if listing is not None else _subject_files(root, subject)
         files = [(s, p) for s, p in files if wanted_sessions is None or s in wanted_sessions]
-        found, faults = _select(subject, files, modalities, filters)
-        if not found and not faults and participants is not None:
+        every, faults = _select(subject, files, _with_earlier(modalities), filters)
+        faults = [f for f in faults if _modality(f.path) in modalities]
+        asked = any(scan.suffix in modalities for scan in every)
+        if not asked and not faults and participants is not None:
             faults = _nothing_left(root, subject, modalities, alone=len(subjects) == 1)
-        for scan in found:
-            try:
-                scan = replace(scan, metadata=sidecars.metadata(scan))
-                label, source = sites.site(scan)
-                scans.append(replace(scan, site=label, site_source=source))
-            except ScanError as error:
-                faults.append(ScanProblem(scan.path, subject, str(error)))
+        found, broken = _described(every if asked else [], sidecars, sites)
+        scans += [scan for scan in with_anchors(found) if scan.suffix in modalities]
+        faults += [f for f in broken if _modality(f.path) in modalities]
         problems += sorted(faults, key=lambda fault: fault.path)
         sidecars.forget(root / f"sub-{subject}")
     sites.check_used()
     if not scans and not problems:
         raise NothingSelectedError(_nothing(root, participants, sessions, modalities, filters))
     return scans, problems
+
+
+def _with_earlier(modalities: Sequence[str]) -> Sequence[str]:
+    """Also the modalities before them: a scan that was not asked for can be the anchor of one."""
+    return MODALITIES[: 1 + max(MODALITIES.index(m) for m in modalities)]
+
+
+def _described(
+    scans: Iterable[Scan], sidecars: SidecarReader, sites: SiteFinder
+) -> tuple[list[Scan], list[ScanProblem]]:
+    """Scans with their metadata and sites, and those of which a sidecar or table is broken."""
+    good, broken = [], []
+    for scan in scans:
+        try:
+            scan = replace(scan, metadata=sidecars.metadata(scan))
+            label, source = sites.site(scan)
+            good.append(replace(scan, site=label, site_source=source))
+        except ScanError as error:
+            broken.append(ScanProblem(scan.path, scan.subject, str(error)))
+    return good, broken
 
 
 def _subjects(root: Path, participants: list[str] | None) -> list[str]:
@@ -245,6 +263,11 @@ def split_stem(path: Path) -> str:
     return path.name.split(".", 1)[0]
 
 
+def _modality(path: Path) -> str:
+    """Suffix of a file's name, be it a BIDS name or not."""
+    return split_stem(path).split("_")[-1]
+
+
 def _candidate(
     subject: str,
     session: str | None,
@@ -257,7 +280,7 @@ def _candidate(
     parsed = split_name(path.name)
     if parsed is None:
         # Not key-value pairs: only worth a message when it claims to be one of our modalities.
-        ours = path.name.split(".")[0].split("_")[-1] in modalities
+        ours = _modality(path) in modalities
         return None, ("not a BIDS name; rename the file" if ours else None)
     if parsed.suffix not in modalities or parsed.extension not in IMAGE_EXTENSIONS:
         return None, None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ class Scan:
         Sidecar content after BIDS inheritance.
     site, site_source
         Site label (``n/a`` when nothing tells it) and where it was found, in words.
+    anchor
+        Scan of the session that this one is registered to, and with it to the template; None when
+        it is registered to the template itself. See `with_anchors`.
     """
 
     path: Path
@@ -36,6 +39,7 @@ class Scan:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     site: str = UNKNOWN_SITE
     site_source: str = "nothing tells the site"
+    anchor: Scan | None = None
 
     @property
     def subject(self) -> str:
@@ -71,3 +75,37 @@ class ScanProblem:
     def stem(self) -> str:
         """File name without extension."""
         return self.path.name.split(".")[0]
+
+
+def first_of_session(scan: Scan, modality: str, pool: Iterable[Scan]) -> Scan | None:
+    """First scan (by path) of a modality in the session of a scan, if its site is not another."""
+    fitting = [
+        other
+        for other in pool
+        if other.suffix == modality
+        and (other.subject, other.session) == (scan.subject, scan.session)
+        and (other.site == scan.site or UNKNOWN_SITE in (other.site, scan.site))
+    ]
+    return min(fitting, key=lambda other: other.path, default=None)
+
+
+def with_anchors(scans: Sequence[Scan]) -> list[Scan]:
+    """Each scan with its anchor: the session's T1w, or its T2w for a FLAIR without T1w.
+
+    The scans of a session then lie on each other in the template space better than if each went
+    there by itself. An anchor has none itself.
+
+    Parameters
+    ----------
+    scans
+        Of one participant, in any order, which is kept.
+    """
+    free: list[Scan] = []
+    anchors: dict[Path, Scan | None] = {}
+    for modality in MODALITIES:
+        mine = [scan for scan in scans if scan.suffix == modality]
+        for scan in mine:
+            found = (first_of_session(scan, m, free) for m in MODALITIES if m != modality)
+            anchors[scan.path] = next((anchor for anchor in found if anchor), None)
+        free += [scan for scan in mine if anchors[scan.path] is None]
+    return [replace(scan, anchor=anchors[scan.path]) for scan in scans]

@@ -38,6 +38,8 @@ class _PreprocessedInput(BaseInterfaceInputSpec):
     mask_source = traits.Str("", usedefault=True)
     mask_warnings = traits.List(traits.Str)
     given = traits.Str("", usedefault=True, desc="the user's mask in words, if it is the user's")
+    registered_to = traits.Str("", usedefault=True, desc="the scan's anchor in words")
+    registration_warnings = traits.List(traits.Str)
     checksum = traits.Str("", usedefault=True, desc="sha256 of the raw file")
     bias_file = File(exists=True, desc="coarse bias field")
     transform_file = File(exists=True, desc="ITK text transform, scan to template")
@@ -70,7 +72,13 @@ class WritePreprocessed(TimedInterface):
                 out_dir, scan, from_=scan.suffix, to=inputs.template, extension=".txt"
             )
             atomic_write_bytes(path, Path(inputs.transform_file).read_bytes())
-            write_json(sidecar_path(path), common)
+            anchor = [scan.anchor] if scan.anchor and inputs.registered_to else []
+            words = {
+                "Sources": [source, *(bids_uri(a.path, Path(inputs.bids_dir)) for a in anchor)],
+                "RegisteredTo": inputs.registered_to,
+                "Warnings": self._given("registration_warnings") or [],
+            }
+            write_json(sidecar_path(path), common | words)
             written.append(str(path))
         if isdefined(inputs.bias_file):
             path = derivative_path(out_dir, scan, desc="n4", suffix="biasfield")

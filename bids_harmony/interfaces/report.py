@@ -67,6 +67,7 @@ class _RecordInput(BaseInterfaceInputSpec):
     checksum = traits.Str()
     mask_source = traits.Str()
     mask_warnings = traits.List(traits.Str)
+    registration_warnings = traits.List(traits.Str)
     scale = traits.Dict()
     output_scale = traits.Dict()
     details = traits.Dict()
@@ -96,7 +97,7 @@ class Record(TimedInterface):
     output_spec = _RecordOutput
 
     def _run(self, cwd: Path) -> None:
-        parts = ("mask_warnings", "method_warnings", "score_warnings")
+        parts = ("mask_warnings", "registration_warnings", "method_warnings", "score_warnings")
         warnings = [*(self._given("conform_notes") or [])]
         warnings += [w for part in parts for w in self._given(part) or []]
         self._results["record"] = {

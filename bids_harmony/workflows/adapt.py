@@ -234,13 +234,14 @@ def _is_current(key: Key, facts: Mapping[str, Any], adapting: Adapting) -> bool:
 
 def _facts_of(scan: Scan, job: Job) -> dict[str, Any]:
     """What tells whether a scan is still the one that was adapted to."""
-    given = find_given(scan, job.folders, job.prep, job.place.out_dir)
+    given = find_given(scan, job)
     return {
         "name": scan.stem,
         "subject": scan.subject,
         "file": scan.path.relative_to(job.place.bids_dir).as_posix(),
         "sha256": sha256(scan.path),
         "given": given_files(given, job.place.out_dir),
+        **({"registered_to": given.registered_to} if given.registered_to else {}),
     }
 
 

@@ -11,6 +11,7 @@ from nipype.pipeline.engine import Workflow
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.names import fragment_path
 from bids_harmony.bids.scan import Scan
+from bids_harmony.workflows.anchors import anchor_of, anchors_first
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
 from bids_harmony.workflows.scan import init_scan_wf
@@ -31,10 +32,10 @@ def split_done(
     todo: list[Scan] = []
     done: list[Scan] = []
     for scan in scans:
-        found = find_given(scan, job.folders, job.prep, job.place.out_dir)
+        found = find_given(scan, job)
         given[scan.stem] = found
         if target is None:
-            finished = is_preprocessed(scan, job.prep, job.place.out_dir, found)
+            finished = is_preprocessed(scan, job, found)
         else:
             settings = scan_settings(scan, job.prep, target, job.place, found)
             finished = is_done(scan, job.place, settings, segments=target.segments)
@@ -70,21 +71,26 @@ def harmonize_scans(
             target=target,
             place=job.place,
             given=given[scan.stem],
+            anchor=anchor_of(scan, given[scan.stem], job),
             gigabytes=gigabytes(scan.path),
         )
 
     last = {"write_preprocessed"} if target is None else {"write", "report", "write_preprocessed"}
     last |= {"write_tissues"} if target and target.segments else set()
-    return outcomes + run_scans(
-        todo,
-        build,
-        job.engine,
-        status="preprocessed" if target is None else "harmonized",
-        last_nodes=frozenset(last),
-        clean=job.clean,
-        on_outcome=on_outcome,
-        label=_label(target, job),
-    )
+
+    def run(some: Sequence[Scan]) -> list[Outcome]:
+        return run_scans(
+            some,
+            build,
+            job.engine,
+            status="preprocessed" if target is None else "harmonized",
+            last_nodes=frozenset(last),
+            clean=job.clean,
+            on_outcome=on_outcome,
+            label=_label(target, job),
+        )
+
+    return outcomes + anchors_first(todo, given, job, run, on_outcome)
 
 
 def _label(target: Target | None, job: Job) -> str:

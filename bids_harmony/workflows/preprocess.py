@@ -9,15 +9,16 @@ from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.scan import Scan
 from bids_harmony.interfaces.ants import ApplyTransform, N4BiasField, RigidRegistration
 from bids_harmony.interfaces.bids import WritePreprocessed
+from bids_harmony.interfaces.coregister import CoRegister
 from bids_harmony.interfaces.image import Conform, ScaleIntensity
 from bids_harmony.interfaces.mask import SelectBrainMask
-from bids_harmony.workflows.settings import Place, Preprocessing, given_files
+from bids_harmony.workflows.settings import Anchor, Place, Preprocessing, given_files
 
 PREPROCESSED = (
     "conformed_file", "conform_notes", "checksum", "conform_seconds",
     "mask_file", "mask_source", "mask_warnings", "stripped", "mask_seconds",
     "bias_file", "bias_seconds",
-    "transform_file", "registration_seconds", "in_template_file",
+    "transform_file", "registration_seconds", "registration_warnings", "in_template_file",
     "scaled_file", "scale", "scale_seconds",
 )  # fmt: skip
 
@@ -28,6 +29,7 @@ def init_preprocess_wf(
     prep: Preprocessing,
     place: Place,
     given: Precomputed,
+    anchor: Anchor | None = None,
     scale_kind: str,
     gigabytes: float,
     leave_out: tuple[str, ...] = (),
@@ -36,7 +38,8 @@ def init_preprocess_wf(
     """Conform, brain mask, bias field, registration and intensity scale of one scan.
 
     Outputs are the fields of `PREPROCESSED`. A precomputed mask or transform replaces its node;
-    `leave_out` names nodes whose results nobody wants (``scale``, ``to_template``).
+    `leave_out` names nodes whose results nobody wants (``scale``, ``to_template``). With an
+    `anchor` the scan is registered to it, and goes its way to the template.
     """
     workflow = Workflow(name=name)
     outputnode = Node(IdentityInterface(fields=list(PREPROCESSED)), name="outputnode")
@@ -67,6 +70,7 @@ def init_preprocess_wf(
             template=prep.template,
             fingerprint=prep.fingerprint,
             given=given_files(given, place.out_dir).get("mask", ""),
+            registered_to=given.registered_to,
         ),
         name="write_preprocessed",
         mem_gb=0.3,
@@ -91,7 +95,7 @@ def init_preprocess_wf(
         ]),
     ])  # fmt: skip
     corrected = _connect_bias(workflow, prep, given, gigabytes, common)
-    _connect_registration(workflow, prep, given, gigabytes, common, corrected)
+    _connect_registration(workflow, prep, given, anchor, gigabytes, common, corrected)
     workflow.remove_nodes([workflow.get_node(n) for n in leave_out])
     return workflow
 
@@ -128,11 +132,12 @@ def _connect_registration(
     workflow: Workflow,
     prep: Preprocessing,
     given: Precomputed,
+    anchor: Anchor | None,
     gigabytes: float,
     common: dict[str, int],
     corrected: tuple[Node, str],
 ) -> None:
-    """Rigid registration to the template, unless the transform is given."""
+    """Rigid registration to the template or to the anchor, unless the transform is given."""
     mask, write, outputnode = (
         workflow.get_node(n) for n in ("mask", "write_preprocessed", "outputnode")
     )
@@ -147,14 +152,17 @@ def _connect_registration(
     if given.to_template:
         apply.inputs.transforms = [str(given.to_template)]
         outputnode.inputs.transform_file = str(given.to_template)
+        outputnode.inputs.registration_warnings = given.transform_doubts
         return
     register = Node(
-        RigidRegistration(fixed=str(prep.template_file), sloppy=prep.sloppy, **common),
+        _registration(prep, anchor, common),
         name="register",
         n_procs=prep.threads,
-        mem_gb=gigabytes,
+        mem_gb=gigabytes + (anchor.gigabytes if anchor else 0),
     )
     workflow.connect(*corrected, register, "moving")
+    if anchor is not None:
+        _connect_anchor(workflow, prep, anchor, common)
     workflow.connect([
         (mask, register, [("out_file", "moving_mask")]),
         (register, apply, [("out_transform", "transforms")]),
@@ -163,3 +171,43 @@ def _connect_registration(
             ("out_transform", "transform_file"), ("seconds", "registration_seconds"),
         ]),
     ])  # fmt: skip
+
+
+def _registration(
+    prep: Preprocessing, anchor: Anchor | None, common: dict[str, int]
+) -> CoRegister | RigidRegistration:
+    if anchor is None:
+        return RigidRegistration(fixed=str(prep.template_file), sloppy=prep.sloppy, **common)
+    return CoRegister(
+        fixed_mask=str(anchor.mask),
+        fixed_transform=str(anchor.to_template),
+        fixed_name=anchor.name,
+        sloppy=prep.sloppy,
+        **common,
+    )
+
+
+def _connect_anchor(
+    workflow: Workflow,
+    prep: Preprocessing,
+    anchor: Anchor,
+    common: dict[str, int],
+) -> None:
+    """The anchor, conformed and bias-corrected as when it was preprocessed itself."""
+    register, write, outputnode = (
+        workflow.get_node(n) for n in ("register", "write_preprocessed", "outputnode")
+    )
+    size = anchor.gigabytes
+    conform = Node(Conform(in_file=str(anchor.path)), name="conform_anchor", mem_gb=size)
+    source = (conform, "out_file")
+    if prep.bias_field:
+        divide = Node(
+            N4BiasField(given_file=str(anchor.bias_field), **common),
+            name="n4_anchor",
+            mem_gb=size,
+        )
+        workflow.connect(conform, "out_file", divide, "in_file")
+        source = (divide, "out_file")
+    workflow.connect(*source, register, "fixed")
+    workflow.connect(register, "warnings", write, "registration_warnings")
+    workflow.connect(register, "warnings", outputnode, "registration_warnings")

@@ -17,7 +17,7 @@ from bids_harmony.interfaces.image import CarryChange, Change
 from bids_harmony.interfaces.report import Record, ReportScan, Score
 from bids_harmony.interfaces.tissues import WriteTissues, tissue_label
 from bids_harmony.workflows.preprocess import init_preprocess_wf
-from bids_harmony.workflows.settings import Place, Preprocessing, Target, scan_settings
+from bids_harmony.workflows.settings import Anchor, Place, Preprocessing, Target, scan_settings
 
 
 def workflow_name(scan: Scan) -> str:
@@ -190,6 +190,7 @@ def init_scan_wf(
     target: Target | None,
     place: Place,
     given: Precomputed,
+    anchor: Anchor | None = None,
     gigabytes: float,
 ) -> Workflow:
     """Everything that is done to one scan; without a target only the preprocessing is."""
@@ -199,6 +200,7 @@ def init_scan_wf(
         prep=prep,
         place=place,
         given=given,
+        anchor=anchor,
         scale_kind=target.contract.scale if target else "robust",
         gigabytes=gigabytes,
         leave_out=() if target else ("scale", "to_template"),
@@ -245,8 +247,8 @@ def _connect_record(
         name="record",
         mem_gb=0.1,
     )
-    same = ("conform_notes", "checksum", "mask_source", "mask_warnings", "scale",
-            "conform_seconds", "mask_seconds", "scale_seconds")  # fmt: skip
+    same = ("conform_notes", "checksum", "mask_source", "mask_warnings", "registration_warnings",
+            "scale", "conform_seconds", "mask_seconds", "scale_seconds")  # fmt: skip
     passed = [(f"outputnode.{f}", f) for f in same]
     if prep.bias_field:
         passed.append(("outputnode.bias_seconds", "bias_seconds"))

@@ -109,6 +109,34 @@ class AdaptTo:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """The scan of the session that a scan is registered to, preprocessed.
+
+    Attributes
+    ----------
+    name
+        Stem of the scan.
+    path
+        The raw scan.
+    mask
+        Its brain mask, on its grid.
+    to_template
+        Its way to the template, linear.
+    gigabytes
+        Memory that one step on it needs.
+    bias_field
+        On the coarse grid; None when bias fields are not corrected.
+    """
+
+    name: str
+    path: Path
+    mask: Path
+    to_template: Path
+    gigabytes: float
+    bias_field: Path | None = None
+
+
+@dataclass(frozen=True)
 class Other:
     """A scan of another modality of the same session, with which a scan is harmonized.
 
@@ -302,9 +330,16 @@ def scan_settings(
         **({"Lesions": _named(given, "lesions", given.lesions)} if given.lesions else {}),
         "Registration": _named(given, "to_template", given.to_template)
         if theirs
-        else f"rigid to {prep.template}",
+        else registration_words(given, prep.template),
         "OutputSpaces": [f"{s.name}:res-{s.res}" if s.res else s.name for s in place.spaces],
     }
+
+
+def registration_words(given: Precomputed, template: str) -> str:
+    """How a scan goes to the template when no transform of the user's takes it there."""
+    if given.registered_to:
+        return f"rigid to {given.registered_to}, and with it to {template}"
+    return f"rigid to {template}"
 
 
 def own_mask(given: Precomputed, out_dir: Path) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from bids_harmony.bids.scan import UNKNOWN_SITE, Scan, ScanProblem
+from bids_harmony.bids.scan import Scan, ScanProblem, first_of_session
 from bids_harmony.errors import ExitCode
 from bids_harmony.workflows.cohort import NOT_RUN, Outcome
-from bids_harmony.workflows.reuse import checksum_of, find_given
-from bids_harmony.workflows.settings import Job, Other, Target, given_files
+from bids_harmony.workflows.reuse import made_of
+from bids_harmony.workflows.settings import Job, Other, Target
 from bids_harmony.workflows.volumes import store_volumes
 
 
@@ -37,7 +37,7 @@ def find_others(
     refused = []
     for scan in scans:
         needed = [m for m in target.contract.modalities if m != scan.suffix]
-        found = {m: _first(scan, m, pool) for m in needed}
+        found = {m: first_of_session(scan, m, pool) for m in needed}
         missing = [m for m, other in found.items() if other is None]
         if missing:
             message = (
@@ -47,7 +47,7 @@ def find_others(
             refused.append(Outcome(scan.stem, scan.subject, "refused", message, ExitCode.DATA))
             continue
         others[scan.stem] = {
-            m: Other(other, _made_of(other, job)) for m, other in found.items() if other
+            m: Other(other, made_of(other, job)) for m, other in found.items() if other
         }
     return others, refused
 
@@ -85,18 +85,6 @@ def store_others(
     return made, lost
 
 
-def _first(scan: Scan, modality: str, pool: Sequence[Scan]) -> Scan | None:
-    """First scan of a modality of the same session, if its site is not another one."""
-    fitting = [
-        other
-        for other in pool
-        if other.suffix == modality
-        and (other.subject, other.session) == (scan.subject, scan.session)
-        and (other.site == scan.site or UNKNOWN_SITE in (other.site, scan.site))
-    ]
-    return min(fitting, key=lambda other: other.path, default=None)
-
-
 def _why(scan: Scan, modality: str, pool: Sequence[Scan], problems: Sequence[ScanProblem]) -> str:
     """Why a scan's session lacks a modality."""
     for problem in problems:
@@ -107,11 +95,3 @@ def _why(scan: Scan, modality: str, pool: Sequence[Scan], problems: Sequence[Sca
         if same and other.suffix == modality:
             return f"the session's {modality} is of another site ({other.site}, not {scan.site})"
     return f"the session has no {modality}; use a model that was trained on {scan.suffix} alone"
-
-
-def _made_of(scan: Scan, job: Job) -> str:
-    """What decides the voxels of a scan on the model's grid, in words."""
-    given = find_given(scan, job.folders, job.prep, job.place.out_dir)
-    theirs = given_files(given, job.place.out_dir)
-    words = [f"{scan.stem} (sha256 {checksum_of(scan)[:12]})"]
-    return ", ".join([*words, *(f"{kind} {text}" for kind, text in sorted(theirs.items()))])

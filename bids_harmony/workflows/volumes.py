@@ -21,11 +21,12 @@ from bids_harmony.interfaces.tissues import ReadTissueLabels
 from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.base import NATIVE_GRID, Contract
 from bids_harmony.methods.sessions import SessionKey, session_key
+from bids_harmony.workflows.anchors import anchor_of, anchors_first
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given
 from bids_harmony.workflows.scan import workflow_name
-from bids_harmony.workflows.settings import Job, Preprocessing, given_files
+from bids_harmony.workflows.settings import Anchor, Job, Preprocessing, given_files
 
 
 def volume_key(prep: Preprocessing, contract: Contract) -> dict[str, Any]:
@@ -64,13 +65,14 @@ def store_volumes(
         on_outcome(outcome)
     lost = {outcome.stem for outcome in refused}
     scans = [s for s in scans if s.stem not in lost]
-    given = {s.stem: find_given(s, job.folders, job.prep, job.place.out_dir) for s in scans}
+    given = {s.stem: find_given(s, job) for s in scans}
     keys = {
         s.stem: {
             **key,
             "Site": s.site,
             "Session": s.session or "",
             "Given": given_files(given[s.stem], job.place.out_dir),
+            **({"RegisteredTo": to} if (to := given[s.stem].registered_to) else {}),
             **({"Labels": _labels_key(labels[s.stem])} if s.stem in labels else {}),
         }
         for s in scans
@@ -80,19 +82,23 @@ def store_volumes(
     def build(scan: Scan) -> Workflow:
         return _init_volume_wf(
             scan=scan, job=job, contract=contract, grid_file=grid_file, given=given[scan.stem],
-            stem=folder / scan.stem, key=keys[scan.stem], labels=labels.get(scan.stem),
+            anchor=anchor_of(scan, given[scan.stem], job), stem=folder / scan.stem,
+            key=keys[scan.stem], labels=labels.get(scan.stem),
         )  # fmt: skip
 
-    outcomes = run_scans(
-        todo,
-        build,
-        job.engine,
-        status="preprocessed",
-        last_nodes=frozenset({"store", "write_preprocessed"}),
-        clean=job.clean,
-        on_outcome=on_outcome,
-        label=f"train_{label}",
-    )
+    def run(some: Sequence[Scan]) -> list[Outcome]:
+        return run_scans(
+            some,
+            build,
+            job.engine,
+            status="preprocessed",
+            last_nodes=frozenset({"store", "write_preprocessed"}),
+            clean=job.clean,
+            on_outcome=on_outcome,
+            label=f"train_{label}",
+        )
+
+    outcomes = anchors_first(todo, given, job, run, on_outcome)
     stems = [folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])]
     return stems, [*refused, *outcomes]
 
@@ -159,6 +165,7 @@ def _init_volume_wf(
     contract: Contract,
     grid_file: Path | None,
     given: Precomputed,
+    anchor: Anchor | None,
     stem: Path,
     key: dict[str, Any],
     labels: TissueLabels | None,
@@ -172,6 +179,7 @@ def _init_volume_wf(
         prep=prep,
         place=job.place,
         given=given,
+        anchor=anchor,
         scale_kind=contract.scale,
         gigabytes=size,
         leave_out=("to_template",),
