@@ -5,8 +5,8 @@ usage: coregistration.py BIDS_DIR OUT_DIR [--participants LABEL ...]
 Preprocesses a data set (`participant --level minimal`), then registers every T2w and FLAIR that
 has an anchor in both ways: to the template by itself, and to its anchor, as the pipeline does.
 Prints per scan how far the ways differ in the brain, the Dice overlap of the brain masks of both
-scans in the second way, and the seconds of both. Where `derivatives/` holds the true labels of both scans
-(the phantom's), also the distance between the centres of their white matter and its Dice overlap.
+scans in the second way, and the seconds of both. Where `derivatives/` holds the true labels of
+both (the phantom's), also the distance between the centres of their white matter and its Dice.
 """
 
 from __future__ import annotations
