@@ -155,11 +155,11 @@ def test_kl_against_torch_distributions():
 
 def batch_of(judging, count=2):
     rng = torch.Generator().manual_seed(3)
-    images, others = (torch.rand(count, 2, 16, 16, generator=rng) for _ in range(2))
+    images, seen, others = (torch.rand(count, 2, 16, 16, generator=rng) for _ in range(3))
     crossed = torch.tensor([[True, False]] * count)
     known = torch.tensor([1.0] + [0.0] * (count - 1))
     return losses.PairBatch(
-        images, others, torch.ones(count, 1, 16, 16), crossed, known, torch.tensor(judging)
+        images, seen, others, torch.ones(count, 1, 16, 16), crossed, known, torch.tensor(judging)
     )
 
 
@@ -245,6 +245,50 @@ def test_pairs_show_one_slice_and_theta_another_of_the_same_volume(same):
         assert torch.equal(images, others) == same
     again = drawer(torch.Generator().manual_seed(0))
     assert torch.equal(again.images, batch.images)
+
+
+def test_a_tone_is_told_by_theta_alone():
+    """What is drawn and what tells theta have one tone, what tells the anatomy has another."""
+    session = coded()
+    images = {m: [found[0] % 1e5 / 8000] for m, found in session.images.items()}  # 0 to 1.3
+    session = replace(session, images=images)
+    plain, batch = (
+        PairDrawer([session], side=24, count=40, first=None, tones=tones)(
+            torch.Generator().manual_seed(5)
+        )
+        for tones in (False, True)
+    )
+    assert torch.equal(plain.seen, plain.images)
+    assert torch.equal(batch.mask, plain.mask)
+    same = []
+    for b in range(40):
+        for k in range(2):
+            before = torch.cat((plain.images[b, k], plain.others[b, k])).flatten()
+            after = torch.cat((batch.images[b, k], batch.others[b, k])).flatten()
+            order = before.argsort()
+            assert (after[order].diff() >= -1e-6).all(), "one increasing map of both slices"
+            assert not after[before == 0].any()
+            bright = before >= 1.25
+            assert torch.allclose(after[bright], before[bright], atol=1e-6)
+            seen, real = batch.seen[b, k].flatten(), plain.images[b, k].flatten()
+            assert (seen[real.argsort()].diff() >= -1e-6).all()
+            same.append([torch.allclose(after, before), torch.allclose(seen, real)])
+    share = np.mean(same, axis=0)
+    assert share == pytest.approx([0.5, 0.5], abs=0.17)
+    both = np.mean([one and two for one, two in same])
+    assert both == pytest.approx(0.25, abs=0.15), "drawn one by one"
+
+
+def test_anatomy_comes_from_what_is_seen_and_the_drawing_is_of_the_image():
+    networks, batch = small(discriminator=False).eval().requires_grad_(False), batch_of(False)
+    theta, _ = networks.theta(batch.others.flatten(0, 1)[:, None])
+    mask = torch.ones(4, 1, 16, 16)
+    beta = networks.applied_beta(batch.seen.flatten(0, 1)[:, None], mask)
+    other = beta[[1, 0, 3, 2]]
+    wanted = batch.images.flatten(0, 1)[:, None]
+    errors = [(networks.draw(b, theta, mask) - wanted).abs().mean() for b in (beta, other)]
+    found = losses.pair_error(networks, batch)
+    assert float(found) == pytest.approx(float(sum(errors) / 2), rel=1e-5)
 
 
 def test_sites_are_drawn_equally_and_the_first_in_half_of_the_judging_steps():

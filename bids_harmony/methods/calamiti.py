@@ -56,7 +56,7 @@ _CPU = Preset(
     resolution=2.0,
     batch=4,
     networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4},
-    plan=Plan(5000, 2e-3, every=250, patience=10),
+    plan=Plan(8000, 2e-3, every=250, patience=10),
     fusion_plan=Plan(400, 2e-3, every=50),
     adaptation_plan=Plan(800, 5e-4, every=50),
 )
@@ -113,6 +113,8 @@ class Calamiti(NeuralMethod):
     discriminator: ClassVar[bool] = True
     #: Whether theta comes from the slice that is drawn, not from another one of the volume.
     same_slice: ClassVar[bool] = False
+    #: Whether training shows each volume in random tones too, which theta alone can tell.
+    tones: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class Calamiti(NeuralMethod):
             LOG.warning("left out of the training: %s", sentence)
         learned = train_calamiti(
             cohort, preset, seed=seed, training=training,
-            discriminator=cls.discriminator, same_slice=cls.same_slice,
+            discriminator=cls.discriminator, same_slice=cls.same_slice, tones=cls.tones,
         )  # fmt: skip
         LOG.info("discriminator: %s", learned.scores["discriminator"])
         made = cls(learned, training.preset)
@@ -380,7 +382,7 @@ class Calamiti(NeuralMethod):
             )
         learned = adapt_learned(
             self._learned, chosen, preset_named(self.name, self.presets_by_name, self._preset),
-            seed=seed, training=training, same_slice=self.same_slice,
+            seed=seed, training=training, same_slice=self.same_slice, tones=self.tones,
         )  # fmt: skip
         made = self._with(learned, self._wanted)
         made._site = sites[0]

@@ -44,6 +44,7 @@ def train_calamiti(
     training: Training,
     discriminator: bool,
     same_slice: bool,
+    tones: bool,
 ) -> Learned:
     """Train the slice networks, then the fusion, then measure what is normal.
 
@@ -55,6 +56,8 @@ def train_calamiti(
         Train the discriminator of beta, if there are two sites.
     same_slice
         Take theta from the slice that is drawn.
+    tones
+        Show each volume in random tones too.
     """
     first = cohort.first_site if discriminator else None
     torch.manual_seed(seed)  # of the first weights
@@ -65,15 +68,16 @@ def train_calamiti(
         -(-_LEAST_SIDE // networks.divisor) * networks.divisor,
     )
     drawer = PairDrawer(
-        cohort.learn, side=side, count=preset.batch, first=first, same_slice=same_slice
-    )
+        cohort.learn, side=side, count=preset.batch, first=first, same_slice=same_slice,
+        tones=tones,
+    )  # fmt: skip
     runs = {
         "networks": train_network(
             networks,
             name="networks",
             draw=drawer,
             loss=lambda batch, generator: calamiti_loss(networks, batch, generator),
-            held_out=held_out_score(networks, cohort.held_out, side, seed),
+            held_out=held_out_score(networks, cohort.held_out, side, seed, tones),
             plan=preset.plan.with_limit(training.minutes(0.8)),
             seed=seed,
             device=training.device,
@@ -100,10 +104,10 @@ def train_calamiti(
 
 
 def held_out_score(
-    networks: CalamitiNetworks, sessions: Sequence[Session], side: int, seed: int
+    networks: CalamitiNetworks, sessions: Sequence[Session], side: int, seed: int, tones: bool
 ) -> Callable[[], float]:
     """`pair_error` of fixed held-out pairs, theta always from another slice."""
-    drawer = PairDrawer(sessions, side=side, count=_AT_ONCE, first=None)
+    drawer = PairDrawer(sessions, side=side, count=_AT_ONCE, first=None, tones=tones)
     generator = torch.Generator().manual_seed(seed + 7)
     batches = [drawer(generator) for _ in range(_CHECKED // _AT_ONCE)]
 
@@ -184,6 +188,7 @@ def adapt_learned(
     seed: int,
     training: Training,
     same_slice: bool,
+    tones: bool,
 ) -> Learned:
     """What was learned, adapted to a new site: the last layers of both encoders (paper, 2.4).
 
@@ -204,13 +209,15 @@ def adapt_learned(
     networks = deepcopy(learned.networks).cpu().requires_grad_(False)
     for layer in networks.last_layers():
         layer.requires_grad_(True)
-    score = held_out_score(networks, held_out, side, seed)
+    score = held_out_score(networks, held_out, side, seed, tones)
     with torch.no_grad():
         before = score()
     run = train_network(
         networks,
         name="adaptation",
-        draw=PairDrawer(learn, side=side, count=preset.batch, first=None, same_slice=same_slice),
+        draw=PairDrawer(
+            learn, side=side, count=preset.batch, first=None, same_slice=same_slice, tones=tones
+        ),
         loss=lambda batch, generator: adaptation_loss(networks, batch, generator),
         held_out=score,
         plan=preset.adaptation_plan.with_limit(training.max_minutes),

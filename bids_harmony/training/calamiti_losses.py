@@ -44,7 +44,7 @@ def calamiti_loss(
         judge.requires_grad_(bool(batch.judging))
     count = len(batch.images)
     mask = batch.mask.repeat_interleave(2, dim=0)
-    seen = batch.images.flatten(0, 1)[:, None]
+    seen = batch.seen.flatten(0, 1)[:, None]
     known = batch.first_site.repeat_interleave(2)
     if judge is not None and bool(batch.judging):
         with torch.no_grad():
@@ -63,7 +63,7 @@ def adaptation_loss(
     """Loss of a step on the scans of a new site; the discriminator is used, never trained."""
     count = len(batch.images)
     mask = batch.mask.repeat_interleave(2, dim=0)
-    seen = batch.images.flatten(0, 1)[:, None]
+    seen = batch.seen.flatten(0, 1)[:, None]
     beta = networks.sampled_beta(seen, mask, generator)
     loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
     judge = networks.discriminator
@@ -100,9 +100,10 @@ def pair_error(networks: CalamitiNetworks, batch: PairBatch) -> Tensor:
     Half of the errors are of contrasts drawn from the other contrast's anatomy; no noise.
     """
     mask = batch.mask.repeat_interleave(2, dim=0)
-    seen = batch.images.flatten(0, 1)[:, None]
+    seen = batch.seen.flatten(0, 1)[:, None]
     theta, _ = networks.theta(batch.others.flatten(0, 1)[:, None])
     beta = networks.applied_beta(seen, mask)
     other = beta.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    errors = [masked_l1(networks.draw(b, theta, mask), seen, mask) for b in (beta, other)]
+    wanted = batch.images.flatten(0, 1)[:, None]
+    errors = [masked_l1(networks.draw(b, theta, mask), wanted, mask) for b in (beta, other)]
     return torch.stack(errors).mean()

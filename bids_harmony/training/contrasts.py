@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bids_harmony.training.degrade import apply_knots, increasing_map
 from bids_harmony.training.slices import on_canvas
 
 _Pick = Callable[[int], int]
+_TOP = 1.25  # of the scale: brighter voxels get this tone's end
+_LEVELS, _TRIM = 2, 0.3  # of a tone: how many knots, how near they come to each other
 _LEAST_AREA = 0.25  # brain in a slice, of the most that a slice across the same axis has
 
 
@@ -51,7 +54,9 @@ class PairBatch(NamedTuple):
     Attributes
     ----------
     images
-        The same slice in two contrasts, (B, 2, H, W).
+        The same slice in two contrasts, (B, 2, H, W): what is to be drawn.
+    seen
+        What the anatomy is taken from: the same, in another tone if there are tones.
     others
         What theta is taken from, of the same two volumes, (B, 2, H, W).
     mask
@@ -65,6 +70,7 @@ class PairBatch(NamedTuple):
     """
 
     images: Tensor
+    seen: Tensor
     others: Tensor
     mask: Tensor
     crossed: Tensor
@@ -76,6 +82,20 @@ def full_slices(mask: Tensor, axis: int) -> list[int]:
     """Slices across `axis` with a quarter or more of the brain that the fullest of them has."""
     area = mask.movedim(axis, 0).flatten(1).sum(1)
     return [int(i) for i in torch.nonzero(area >= max(_LEAST_AREA * float(area.max()), 1))[:, 0]]
+
+
+def random_tones(count: int, generator: torch.Generator) -> Tensor:
+    """Knots of intensity maps on 0..1.25, (count, 5): random increasing ones, or the identity."""
+    drawn = [increasing_map(_LEVELS, _TRIM, generator) for _ in range(count)]
+    same = torch.rand((count, 1), generator=generator) < 0.5
+    return _TOP * torch.where(same, torch.linspace(0, 1, 2**_LEVELS + 1), torch.stack(drawn))
+
+
+def toned(images: Tensor, tones: Tensor) -> Tensor:
+    """Slices (B, 2, H, W), each mapped by its tone (2 B, K); 0 stays 0, above 1.25 goes on."""
+    flat = images.flatten(0, 1)
+    mapped = apply_knots(flat, tones, _TOP) + (flat - _TOP).clamp(min=0)
+    return mapped.unflatten(0, images.shape[:2])
 
 
 class PairDrawer:
@@ -93,6 +113,10 @@ class PairDrawer:
         Site that the discriminator knows; None: there is no discriminator.
     same_slice
         Take theta from the slice that is drawn, as Dewey et al. (2020) do.
+    tones
+        Give each volume a random increasing tone in half of the draws, and the slice that its
+        anatomy is taken from another one. Where real sites differ, both anatomy and theta tell the
+        site; a tone is told by theta alone.
     """
 
     def __init__(
@@ -103,8 +127,10 @@ class PairDrawer:
         count: int,
         first: str | None,
         same_slice: bool = False,
+        tones: bool = False,
     ) -> None:
         self._side, self._count, self._first, self._same = side, count, first, same_slice
+        self._tones = tones
         self._by_site: dict[str, list[int]] = {}
         for index, session in enumerate(sessions):
             self._by_site.setdefault(session.site, []).append(index)
@@ -126,7 +152,13 @@ class PairDrawer:
             rows.append(self._pair(index, pick))
         images, others, mask = (torch.stack(part) for part in zip(*rows, strict=True))
         crossed = torch.rand((self._count, 2), generator=generator) < 0.5
-        return PairBatch(images, others, mask, crossed, torch.tensor(known), torch.tensor(judging))
+        seen = images
+        if self._tones:
+            seen = toned(images, random_tones(2 * self._count, generator))
+            tones = random_tones(2 * self._count, generator)
+            images, others = toned(images, tones), toned(others, tones)
+        facts = torch.tensor(known), torch.tensor(judging)
+        return PairBatch(images, seen, others, mask, crossed, *facts)
 
     def _site(self, pick: _Pick, judging: bool) -> str:
         sites = sorted(self._by_site)
