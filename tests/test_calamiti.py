@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
 from bids_harmony.methods import (  # noqa: E402
     calamiti,
+    calamiti_case,
     calamiti_fusion,
     calamiti_training,
     registry,
@@ -136,7 +137,7 @@ def test_the_change_is_bounded_and_told(model, monkeypatch):
         stack = torch.stack([image * mask] * 3)
         return torch.stack([stack, (stack + 5) * mask])
 
-    monkeypatch.setattr(calamiti, "draw_brain", drawn)
+    monkeypatch.setattr(calamiti_case, "draw_brain", drawn)
     result = model.harmonize(SCAN, seed=0)
     change = (result.data - SCAN.data)[SCAN.mask]
     assert change.max() == pytest.approx(0.5, abs=1e-4)
@@ -158,8 +159,8 @@ def ideal_decoder(monkeypatch, modality, lesion_like=None):
             whole.append(torch.from_numpy(on_model_grid(volume, 2.0).data))
         return torch.stack([torch.stack([w * inside] * 3) for w in whole])
 
-    monkeypatch.setattr(calamiti, "draw_brain", drawn)
-    monkeypatch.setattr(calamiti, "fused", lambda fusion, drawn, mask: drawn[0])
+    monkeypatch.setattr(calamiti_case, "draw_brain", drawn)
+    monkeypatch.setattr(calamiti_case, "fused", lambda fusion, drawn, mask: drawn[0])
 
 
 LESION = ((12, 18, 15), 2)

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bids_harmony.errors import ScanError, UsageError
 from bids_harmony.imaging.guided import bound_warnings
-from bids_harmony.imaging.layout import Coarse
-from bids_harmony.imaging.model_grid import ModelGrid
 from bids_harmony.methods.base import (
     Contract,
     Harmonized,
@@ -31,22 +28,15 @@ from bids_harmony.methods.base import (
     Volume,
     preset_named,
 )
-from bids_harmony.methods.calamiti_admission import Known, admit, checked_theta
+from bids_harmony.methods.calamiti_admission import Known, checked_theta
+from bids_harmony.methods.calamiti_case import Case, theta_of_volume
 from bids_harmony.methods.calamiti_data import cohort_of
-from bids_harmony.methods.calamiti_drawing import (
-    change_between,
-    draw_brain,
-    drawing_error,
-    fused,
-    side_for,
-    theta_of_brain,
-)
+from bids_harmony.methods.calamiti_drawing import change_between
 from bids_harmony.methods.calamiti_files import theta_png, theta_tsv
 from bids_harmony.methods.calamiti_learned import Learned, Preset
 from bids_harmony.methods.calamiti_training import adapt_learned, train_calamiti
 from bids_harmony.methods.lazy_volumes import Chosen
 from bids_harmony.methods.training_files import curves_csv, training_png
-from bids_harmony.methods.volume_grid import on_model_grid
 from bids_harmony.training.plan import Plan
 
 LOG = logging.getLogger("bids_harmony")
@@ -68,22 +58,6 @@ _PAPER = Preset(
     fusion_plan=Plan(2000, 1e-3, every=100),
     adaptation_plan=Plan(6000, 1e-4, every=200),
 )
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A scan on the model's grid, with its theta and itself drawn across three axes.
-
-    `drawn` has the scan's own theta first, then the wanted one, if any.
-    """
-
-    grid: ModelGrid
-    image: Tensor
-    mask: Tensor
-    theta: tuple[float, float]
-    drawn: tuple[Tensor, ...]
-    error: float
-    warnings: tuple[str, ...]
 
 
 class Calamiti(NeuralMethod):
@@ -267,8 +241,7 @@ class Calamiti(NeuralMethod):
         ScanError
             If the mask is empty, or the brain constant or not finite.
         """
-        _, image, mask = self._on_grid(volume)
-        return theta_of_brain(self._learned.networks, image, mask, self._side(image))
+        return theta_of_volume(self._learned, volume, self._resolution)
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Make `volume` look like the scans that were given to `towards`; no noise is drawn.
@@ -331,30 +304,8 @@ class Calamiti(NeuralMethod):
             )
         return known[volume.modality]
 
-    def _on_grid(self, volume: Volume) -> tuple[ModelGrid, Tensor, Tensor]:
-        mask = np.asarray(volume.mask, dtype=bool)
-        if volume.data.shape != mask.shape:
-            raise ScanError(f"{volume.name or 'scan'}: image and brain mask differ in shape")
-        grid = on_model_grid(volume, self._resolution)
-        return grid, torch.from_numpy(grid.data), torch.from_numpy(grid.mask)
-
-    def _side(self, image: Tensor) -> int:
-        return side_for(image.shape, self._learned.side, self._learned.networks.divisor)
-
-    def _case(self, volume: Volume, *wanted: tuple[float, float]) -> _Case:
-        """A scan on the model's grid, drawn with its own and the wanted thetas, and admitted."""
-        learned = self._learned
-        grid, image, mask = self._on_grid(volume)
-        side = self._side(image)
-        theta = theta_of_brain(learned.networks, image, mask, side)
-        drawn = draw_brain(learned.networks, image, mask, [theta, *wanted], side)
-        whole = tuple(fused(learned.fusion, part, mask) for part in drawn)
-        error = drawing_error(whole[0], image, mask)
-        warnings = admit(
-            learned.known, volume.modality, name=volume.name or "scan", theta=theta, error=error,
-            brain=Coarse(grid.data, grid.mask, grid.spacing),
-        )  # fmt: skip
-        return _Case(grid, image, mask, theta, whole, error, tuple(warnings))
+    def _case(self, volume: Volume, *wanted: tuple[float, float]) -> Case:
+        return Case.of(self._learned, volume, self._resolution, *wanted)
 
     def fine_tuned(
         self, volumes: Sequence[Volume], *, seed: int, training: Training | None = None
