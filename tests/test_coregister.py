@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nb
 import numpy as np
 import pytest
 from conftest import SPACE, DataSet, call, give_transform, serial
@@ -249,8 +250,10 @@ def test_a_crash_of_the_t1w_is_one_of_all(person, tmp_path, monkeypatch):
             assert "failed: " in told
             assert "registered with sub-01_T1w, of which: " in told
             assert "out of luck" in told
-        ran = minimal(person, tmp_path, "--stop-on-first-crash")
-        assert "not run" in ran.line("sub-01_T2w")
+        for more in ([], ["--modality", "T2w"]):
+            ran = minimal(person, tmp_path, "--stop-on-first-crash", *more)
+            assert ran.code == 1, ran.out + ran.err
+            assert "out of luck" in ran.line("sub-01_T2w")
     assert minimal(person, tmp_path).code == 0, "what is left is done"
     assert off(tmp_path, "T2w") < 2
 
@@ -277,3 +280,80 @@ def test_given_transforms_are_taken(person, tmp_path):
     ran = minimal(person, warped, *given, "--modality", "T2w")
     assert ran.code == 0, ran.out + ran.err
     assert words(warped, "T2w")["RegisteredTo"] == ""
+
+
+def test_what_a_harmonized_t2w_went_with_is_told_and_kept(person, tmp_path, brains):
+    made, out = copy_of(person, tmp_path), tmp_path / "out"
+    options = [*serial(tmp_path / "work"), "--ignore", "bias-field", "--modality", "T2w"]
+
+    def harmonize():
+        ran = call(made.root, out, "participant", "--method", "nyul", *options)
+        assert ran.code == 0, ran.out + ran.err
+        image = out / "sub-01" / "anat" / "sub-01_desc-harmonized_T2w.json"
+        return ran.line("sub-01_T2w"), json.loads(image.read_text())["Harmonization"]
+
+    planned = call(made.root, out, "participant", "--method", "nyul", *options, "--dry-run")
+    assert "registered to sub-01_T1w" in planned.line("sub-01_T2w")
+    line, record = harmonize()
+    assert "harmonized in" in line
+    assert record["Registration"].startswith("rigid to sub-01_T1w (sha256 ")
+    assert record["Registration"].endswith(f", and with it to {SPACE}")
+    assert "sub-01_T1w" not in (out / "sub-01.html").read_text().split("<h2")[1], "not asked for"
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("*T1w*") if "anat" in p.parts}
+    assert "skipped" in harmonize()[0]
+
+    image = nb.load(made.path("01"))
+    nb.Nifti1Image(1.5 * image.get_fdata(), image.affine).to_filename(made.path("01"))
+    line, renewed = harmonize()
+    assert "harmonized in" in line, "its anchor is another now"
+    assert renewed["Registration"] != record["Registration"]
+    assert any(p.stat().st_mtime_ns != when for p, when in written.items())
+
+
+def test_the_mask_that_does_not_fit_is_told_again_by_a_run_that_reuses(person, tmp_path):
+    made, theirs = copy_of(person, tmp_path), tmp_path / "theirs" / "sub-01" / "anat"
+    theirs.mkdir(parents=True)
+    image = nb.load(made.path("01", "T2w"))
+    half = image.get_fdata() > 0
+    half[:, :, half.shape[2] // 2 :] = False
+    there = theirs / "sub-01_desc-brainT2w_mask.nii.gz"
+    nb.Nifti1Image(half.astype(np.uint8), image.affine).to_filename(there)
+    options = [*serial(tmp_path / "work"), "--ignore", "bias-field", "--modality", "T2w"]
+    options += ["--derivatives", f"theirs={tmp_path / 'theirs'}", "--method", "nyul"]
+    for desc in ("one", "two"):
+        ran = call(made.root, tmp_path / "out", "participant", *options, "--desc", desc)
+        assert ran.code == 0, ran.out + ran.err
+        sidecar = tmp_path / "out" / "sub-01" / "anat" / f"sub-01_desc-{desc}_T2w.json"
+        told = json.loads(sidecar.read_text())["Harmonization"]["Warnings"]
+        assert any("their brain masks overlap by 0." in text for text in told)
+
+
+def test_an_anchor_that_is_gone_is_a_failure(person, tmp_path, monkeypatch):
+    """Never an outcome that looks like success."""
+    from bids_harmony.workflows import anchors as module
+
+    monkeypatch.setattr(module, "_resolved", lambda scan, job: None)
+    ran = minimal(person, tmp_path)
+    assert ran.code == 1, ran.out + ran.err
+    assert "preprocessed in" in ran.line("sub-01_T1w")
+    assert "failed: " in ran.line("sub-01_T2w")
+    assert "what was preprocessed of sub-01_T1w was changed; run again" in ran.line("sub-01_T2w")
+
+
+def test_volumes_to_learn_from_know_their_anchor(person, tmp_path):
+    made, work = copy_of(person, tmp_path), tmp_path / "work"
+    options = [*serial(work), "--ignore", "bias-field", "--reference", "A", "--method", "nyul"]
+    options += ["--modality", "T2w", "--name"]
+
+    def learned(name):
+        ran = call(made.root, tmp_path / "out", "train", *options, name)
+        assert ran.code == 0, ran.out + ran.err
+        (stored,) = work.glob("volumes/*/sub-01_T2w.json")
+        return json.loads(stored.read_text())["key"]["RegisteredTo"], stored.stat().st_mtime_ns
+
+    said, when = learned("one")
+    assert said.startswith("sub-01_T1w (sha256 ")
+    assert learned("two") == (said, when), "stored, and used again"
+    image = nb.load(made.path("01"))
+    nb.Nifti1Image(1.5 * image.get_fdata(), image.affine).to_filename(made.path("01"))
+    assert learned("three")[0] != said

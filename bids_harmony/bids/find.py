@@ -160,7 +160,8 @@ def find_scans(
 
 def _with_earlier(modalities: Sequence[str]) -> Sequence[str]:
     """Also the modalities before them: a scan that was not asked for can be the anchor of one."""
-    return MODALITIES[: 1 + max(MODALITIES.index(m) for m in modalities)]
+    last = max((MODALITIES.index(m) for m in modalities if m in MODALITIES), default=-1)
+    return (*MODALITIES[: last + 1], *(m for m in modalities if m not in MODALITIES))
 
 
 def _described(

@@ -265,6 +265,8 @@ def _plan(
     for scan in todo:
         mask = given[scan.stem].sources.get("mask", "to be found")
         text = f"site {scan.site} ({scan.site_source}), brain mask {mask}"
+        if scan.anchor and given[scan.stem].registered_to:
+            text += f", registered to {scan.anchor.stem}"
         outcomes.append(_planned(scan, text))
     return _show(outcomes)
 

@@ -39,6 +39,7 @@ class _PreprocessedInput(BaseInterfaceInputSpec):
     mask_warnings = traits.List(traits.Str)
     given = traits.Str("", usedefault=True, desc="the user's mask in words, if it is the user's")
     registered_to = traits.Str("", usedefault=True, desc="the scan's anchor in words")
+    unchanged = traits.Bool(False, usedefault=True, desc="all comes from an earlier run's files")
     registration_warnings = traits.List(traits.Str)
     checksum = traits.Str("", usedefault=True, desc="sha256 of the raw file")
     bias_file = File(exists=True, desc="coarse bias field")
@@ -58,6 +59,9 @@ class WritePreprocessed(TimedInterface):
 
     def _run(self, cwd: Path) -> None:
         inputs = self.inputs
+        if inputs.unchanged:  # another job may be reading them
+            self._results["out_files"] = []
+            return
         scan: Scan = inputs.scan
         out_dir = Path(inputs.out_dir)
         source = bids_uri(scan.path, Path(inputs.bids_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def store(data: NDArray[Any], affine: NDArray[np.float64], path: Path) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """Checksum of a file's bytes."""
+    """Checksum of a file's bytes, read again when size or time of change are others."""
+    state = Path(path).stat()
+    return _sha256(str(path), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=65536)
+def _sha256(path: str, size: int, changed: int) -> str:
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,8 +17,8 @@ from bids_harmony.training.degrade import apply_knots, increasing_map
 from bids_harmony.training.slices import on_canvas
 
 _Pick = Callable[[int], int]
-_TOP = 1.25  # of the scale: brighter voxels get this tone's end
-_LEVELS, _TRIM = 2, 0.3  # of a tone: how many knots, how near they come to each other
+_TOP = 1.25  # of the scale: tones leave what is brighter as it is
+_LEVELS, _TRIM = 2, 0.3  # of a tone: `increasing_map`
 _LEAST_AREA = 0.25  # brain in a slice, of the most that a slice across the same axis has
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 
 from nipype.pipeline.engine import Workflow
 
@@ -15,7 +17,15 @@ from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.config import PROGRESS
 from bids_harmony.errors import ExitCode
-from bids_harmony.workflows.cohort import NOT_RUN, Outcome, gigabytes, run_scans
+from bids_harmony.workflows.cohort import (
+    BATCH,
+    NOT_RUN,
+    Outcome,
+    batched,
+    gigabytes,
+    run_scans,
+)
+from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given, is_preprocessed
 from bids_harmony.workflows.scan import workflow_name
@@ -28,72 +38,104 @@ def anchors_first(
     todo: Sequence[Scan],
     given: Mapping[str, Precomputed],
     job: Job,
-    run: Callable[[Sequence[Scan]], list[Outcome]],
+    run: Callable[[Sequence[Scan], Mapping[str, Anchor]], list[Outcome]],
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Run scans in an order in which the anchor of each is preprocessed before it.
 
     An anchor that is not among the scans, and that no earlier run has left, is preprocessed too.
+    Participants stay together: a run that is killed leaves most of them whole or untouched.
 
     Parameters
     ----------
     given
         What was found for each scan, by stem.
     run
-        Does to some scans what is to be done, and tells their outcomes.
+        Does to some scans what is to be done, and tells their outcomes; is given the anchors of
+        those that have one, by stem.
     on_outcome
         Is told of scans whose anchor cannot be used.
 
     Returns
     -------
-    What became of the scans of `todo`.
+    What became of the scans.
     """
-    waiting = {s.stem: s.anchor for s in todo if s.anchor and _waits(given[s.stem])}
-    if not waiting:
-        return run(todo)
-    first = [s for s in todo if s.stem not in waiting]
-    outcomes = run(first) if first else []
-    missing = {a.stem: a for a in waiting.values() if not _is_there(a, job)}
-    tried = {s.stem for s in first}
-    stop = job.engine.stop_on_first_crash and any(o.status == "failed" for o in outcomes)
-    more = [] if stop else [a for stem, a in missing.items() if stem not in tried]
-    why = {o.stem: o for o in [*outcomes, *_preprocess(more, job)]}
-    ready = []
-    for scan in todo:
-        anchor = waiting.get(scan.stem)
-        if anchor is None:
-            continue
-        if not stop and (anchor.stem not in missing or _is_there(anchor, job)):
-            ready.append(scan)
-            continue
-        outcomes.append(_lost(scan, anchor, None if stop else why.get(anchor.stem)))
-        on_outcome(outcomes[-1])
-    return outcomes + (run(ready) if ready else [])
+    if not any(_waits(scan, given) for scan in todo):
+        return run(todo, {})
+    outcomes: list[Outcome] = []
+    for group in _groups(todo):
+        if _stops(outcomes, job):
+            break
+        first = [scan for scan in group if not _waits(scan, given)]
+        waiting = [scan for scan in group if _waits(scan, given)]
+        outcomes += run(first, {}) if first else []
+        outcomes += _run_waiting(waiting, {o.stem: o for o in outcomes}, job, run, on_outcome)
+    return outcomes
 
 
-def anchor_of(scan: Scan, given: Precomputed, job: Job) -> Anchor | None:
-    """What the scan is registered with; None when its way to the template is known or its own."""
-    if scan.anchor is None or not _waits(given):
+def _run_waiting(
+    waiting: Sequence[Scan],
+    done: Mapping[str, Outcome],
+    job: Job,
+    run: Callable[[Sequence[Scan], Mapping[str, Anchor]], list[Outcome]],
+    on_outcome: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Scans whose anchors are preprocessed, or have been tried in vain."""
+    needed = {s.anchor.stem: s.anchor for s in waiting if s.anchor}
+    new = [a for stem, a in needed.items() if stem not in done and _resolved(a, job) is None]
+    stop = _stops(done.values(), job)
+    more = [] if stop else _preprocess(new, job)
+    stop = stop or _stops(more, job)
+    why = {**done, **{o.stem: o for o in more}}
+    anchors = {} if stop else {stem: _resolved(a, job) for stem, a in needed.items()}
+    ready: dict[str, Anchor] = {}
+    lost = []
+    for scan in waiting:
+        assert scan.anchor is not None  # it would not wait
+        anchor = anchors.get(scan.anchor.stem)
+        if anchor is not None:
+            ready[scan.stem] = anchor
+        else:
+            lost.append(_lost(scan, scan.anchor, why.get(scan.anchor.stem), stop))
+            on_outcome(lost[-1])
+    return lost + (run([s for s in waiting if s.stem in ready], ready) if ready else [])
+
+
+def _stops(outcomes: Iterable[Outcome], job: Job) -> bool:
+    return job.engine.stop_on_first_crash and any(o.status == "failed" for o in outcomes)
+
+
+def _waits(scan: Scan, given: Mapping[str, Precomputed]) -> bool:
+    """Whether it is to be registered to its anchor; no earlier run has done so."""
+    found = given[scan.stem]
+    return bool(scan.anchor and found.registered_to) and found.to_template is None
+
+
+def _groups(scans: Sequence[Scan]) -> Iterator[list[Scan]]:
+    """Whole participants, at least `BATCH` scans at once."""
+    group: list[Scan] = []
+    for _, mine in groupby(scans, key=lambda scan: scan.subject):
+        group += mine
+        if len(group) >= BATCH:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _resolved(scan: Scan, job: Job) -> Anchor | None:
+    """A scan as others are registered to it; None if it is not preprocessed."""
+    found = find_given(scan, job)
+    if not is_preprocessed(scan, job, found) or found.to_template is None:
         return None
-    other, out_dir = scan.anchor, job.place.out_dir
-    theirs = find_given(other, job)
-    assert theirs.to_template is not None  # `anchors_first` has seen to it
     return Anchor(
-        name=other.stem,
-        path=other.path,
-        mask=derivative_path(out_dir, other, desc="brain", suffix="mask"),
-        to_template=theirs.to_template,
-        gigabytes=gigabytes(other.path),
-        bias_field=theirs.bias_field,
+        name=scan.stem,
+        path=scan.path,
+        mask=derivative_path(job.place.out_dir, scan, desc="brain", suffix="mask"),
+        to_template=found.to_template,
+        gigabytes=gigabytes(scan.path),
+        bias_field=found.bias_field,
     )
-
-
-def _waits(given: Precomputed) -> bool:
-    return bool(given.registered_to) and given.to_template is None
-
-
-def _is_there(scan: Scan, job: Job) -> bool:
-    return is_preprocessed(scan, job, find_given(scan, job))
 
 
 def _preprocess(scans: Sequence[Scan], job: Job) -> list[Outcome]:
@@ -119,21 +161,30 @@ def _preprocess(scans: Sequence[Scan], job: Job) -> list[Outcome]:
 
     words = [job.prep.fingerprint, str(job.place.out_dir)]
     label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
-    return run_scans(
-        scans,
-        build,
-        job.engine,
-        status="preprocessed",
-        last_nodes=frozenset({"write_preprocessed"}),
-        clean=job.clean,
-        on_outcome=tell,
-        label=f"anchors_{label}",
-    )
+    outcomes = []
+    for some in batched(sorted(scans, key=lambda scan: scan.stem)):
+        with ExitStack() as locks:
+            for scan in some:  # in this order in every job, else two could wait for each other
+                locks.enter_context(one_at_a_time(job.place.work_dir / "anchors", scan.stem))
+            outcomes += run_scans(
+                [scan for scan in some if _resolved(scan, job) is None],
+                build,
+                job.engine,
+                status="preprocessed",
+                last_nodes=frozenset({"write_preprocessed"}),
+                clean=job.clean,
+                on_outcome=tell,
+                label=f"anchors_{label}",
+            )
+    return outcomes
 
 
-def _lost(scan: Scan, anchor: Scan, cause: Outcome | None) -> Outcome:
+def _lost(scan: Scan, anchor: Scan, cause: Outcome | None, stop: bool) -> Outcome:
     """Outcome of a scan that has nothing to be registered to."""
-    cause = cause or Outcome(anchor.stem, scan.subject, "failed", NOT_RUN, ExitCode.FAILURE)
+    failed = Outcome(scan.stem, scan.subject, "failed", exit_code=ExitCode.FAILURE)
+    if cause is None or cause.exit_code == ExitCode.OK:
+        gone = f"{scan.path}: what was preprocessed of {anchor.stem} was changed; run again"
+        return replace(failed, message=NOT_RUN if stop else gone)
     cure = "; mend it, or leave it out with --bids-filter-file" * (cause.status == "refused")
     message = f"{scan.path}: registered with {anchor.stem}, of which: {cause.message}{cure}"
     return replace(cause, stem=scan.stem, subject=scan.subject, message=message, seconds=None)

@@ -128,7 +128,7 @@ def run_scans(
         Part of the work folder's name: runs that differ never share one.
     """
     outcomes: list[Outcome] = []
-    for batch in _batches(scans, BATCH):
+    for batch in batched(scans):
         graph = Workflow(name=f"bids_harmony_{label}_wf")
         by_name = {}
         for scan in batch:
@@ -151,9 +151,10 @@ def run_scans(
     return outcomes
 
 
-def _batches(scans: Sequence[Scan], size: int) -> Iterator[Sequence[Scan]]:
-    for start in range(0, len(scans), size):
-        yield scans[start : start + size]
+def batched(scans: Sequence[Scan]) -> Iterator[Sequence[Scan]]:
+    """The scans, at most `BATCH` at once."""
+    for start in range(0, len(scans), BATCH):
+        yield scans[start : start + BATCH]
 
 
 def _failed(scan: Scan, failures: Sequence[NodeFailure], name: str) -> Outcome:

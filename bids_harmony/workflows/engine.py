@@ -108,7 +108,7 @@ def run_graph(
     """
     _configure(workflow, engine)
     if engine.write_graph:
-        _draw(workflow, engine.write_graph)
+        _draw(workflow, _unused(engine.write_graph, ".dot"))
 
     def callback(node: Any, status: str) -> None:
         if status in ("end", "exception"):
@@ -121,10 +121,19 @@ def run_graph(
         failures = _run(workflow, plugin, engine.work_dir)
     trace = engine.work_dir / workflow.name / "resource_monitor.json"
     if engine.resource_monitor and trace.is_file():
-        atomic_write_text(engine.resource_monitor, trace.read_text())
+        atomic_write_text(_unused(engine.resource_monitor), trace.read_text())
         for scrap in engine.work_dir.glob(".proc-*"):
             scrap.unlink(missing_ok=True)
     return failures
+
+
+def _unused(path: Path, extension: str = "") -> Path:
+    """The path, or the first ``path_2``, ... that is not there: a run can have several graphs."""
+    number, free = 1, path
+    while free.with_name(free.name + extension).exists():
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free
 
 
 @contextmanager

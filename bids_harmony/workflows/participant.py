@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nipype.pipeline.engine import Workflow
 
 from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.names import fragment_path
 from bids_harmony.bids.scan import Scan
-from bids_harmony.workflows.anchors import anchor_of, anchors_first
+from bids_harmony.workflows.anchors import anchors_first
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
 from bids_harmony.workflows.scan import init_scan_wf
-from bids_harmony.workflows.settings import Job, Target, scan_settings
+from bids_harmony.workflows.settings import Anchor, Job, Target, scan_settings
 
 
 def split_done(
@@ -64,24 +64,24 @@ def harmonize_scans(
     if target is not None:
         forget_sections(todo, job)
 
-    def build(scan: Scan) -> Workflow:
+    def build(scan: Scan, anchor: Anchor | None) -> Workflow:
         return init_scan_wf(
             scan=scan,
             prep=job.prep,
             target=target,
             place=job.place,
             given=given[scan.stem],
-            anchor=anchor_of(scan, given[scan.stem], job),
+            anchor=anchor,
             gigabytes=gigabytes(scan.path),
         )
 
     last = {"write_preprocessed"} if target is None else {"write", "report", "write_preprocessed"}
     last |= {"write_tissues"} if target and target.segments else set()
 
-    def run(some: Sequence[Scan]) -> list[Outcome]:
+    def run(some: Sequence[Scan], anchors: Mapping[str, Anchor]) -> list[Outcome]:
         return run_scans(
             some,
-            build,
+            lambda scan: build(scan, anchors.get(scan.stem)),
             job.engine,
             status="preprocessed" if target is None else "harmonized",
             last_nodes=frozenset(last),

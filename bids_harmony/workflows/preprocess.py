@@ -12,7 +12,13 @@ from bids_harmony.interfaces.bids import WritePreprocessed
 from bids_harmony.interfaces.coregister import CoRegister
 from bids_harmony.interfaces.image import Conform, ScaleIntensity
 from bids_harmony.interfaces.mask import SelectBrainMask
-from bids_harmony.workflows.settings import Anchor, Place, Preprocessing, given_files
+from bids_harmony.workflows.settings import (
+    EARLIER_RUN,
+    Anchor,
+    Place,
+    Preprocessing,
+    given_files,
+)
 
 PREPROCESSED = (
     "conformed_file", "conform_notes", "checksum", "conform_seconds",
@@ -71,6 +77,8 @@ def init_preprocess_wf(
             fingerprint=prep.fingerprint,
             given=given_files(given, place.out_dir).get("mask", ""),
             registered_to=given.registered_to,
+            unchanged=given.sources.get("to_template") == EARLIER_RUN
+            and (given.bias_field is not None or not prep.bias_field),
         ),
         name="write_preprocessed",
         mem_gb=0.3,

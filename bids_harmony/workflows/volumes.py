@@ -21,7 +21,7 @@ from bids_harmony.interfaces.tissues import ReadTissueLabels
 from bids_harmony.interfaces.volumes import StoreVolume
 from bids_harmony.methods.base import NATIVE_GRID, Contract
 from bids_harmony.methods.sessions import SessionKey, session_key
-from bids_harmony.workflows.anchors import anchor_of, anchors_first
+from bids_harmony.workflows.anchors import anchors_first
 from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
 from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given
@@ -79,17 +79,17 @@ def store_volumes(
     }
     todo = [s for s in scans if not _is_stored(folder / s.stem, s, keys[s.stem])]
 
-    def build(scan: Scan) -> Workflow:
+    def build(scan: Scan, anchor: Anchor | None) -> Workflow:
         return _init_volume_wf(
             scan=scan, job=job, contract=contract, grid_file=grid_file, given=given[scan.stem],
-            anchor=anchor_of(scan, given[scan.stem], job), stem=folder / scan.stem,
-            key=keys[scan.stem], labels=labels.get(scan.stem),
+            anchor=anchor, stem=folder / scan.stem, key=keys[scan.stem],
+            labels=labels.get(scan.stem),
         )  # fmt: skip
 
-    def run(some: Sequence[Scan]) -> list[Outcome]:
+    def run(some: Sequence[Scan], anchors: Mapping[str, Anchor]) -> list[Outcome]:
         return run_scans(
             some,
-            build,
+            lambda scan: build(scan, anchors.get(scan.stem)),
             job.engine,
             status="preprocessed",
             last_nodes=frozenset({"store", "write_preprocessed"}),
