@@ -25,6 +25,7 @@ import numpy as np
 from bids_harmony.bids.find import find_scans
 from bids_harmony.bids.names import derivative_path
 from bids_harmony.bids.scan import MODALITIES, Scan
+from bids_harmony.errors import ExitCode
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.templates import template_image
 from bids_harmony.interfaces.ants import ants_session
@@ -132,6 +133,14 @@ def line(scan: Scan, bids_dir: Path, out_dir: Path) -> list[float]:
     return figures
 
 
+def used(scan: Scan, out_dir: Path) -> bool:
+    """Whether a scan has an anchor, and none of both was refused."""
+    return scan.anchor is not None and all(
+        derivative_path(out_dir, s, desc="brain", suffix="mask").is_file()
+        for s in (scan, scan.anchor)
+    )
+
+
 def show(name: str, figures: list[float]) -> None:
     """One line of the table; two figures: by itself -> with the anchor."""
     mean, most, overlap, *truth, old, new = figures
@@ -149,17 +158,19 @@ def main() -> None:
     parser.add_argument("--participants", nargs="*")
     options = parser.parse_args()
     chosen = ["--participant-label", *options.participants] if options.participants else []
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "bids_harmony", options.bids_dir, options.out_dir, "participant",
          "--level", "minimal", "--omp-nthreads", "1", "-w", options.out_dir / "work", *chosen],
-        check=True,
+        check=False,
     )  # fmt: skip
+    if done.returncode not in (ExitCode.OK, ExitCode.DATA):
+        raise SystemExit(done.returncode)
     scans, _ = find_scans(
         options.bids_dir, participants=options.participants, sessions=None,
         modalities=MODALITIES, filters=None, site_from=None,
     )  # fmt: skip
     print(HEAD)
-    rows = [line(s, options.bids_dir, options.out_dir) for s in scans if s.anchor]
+    rows = [line(s, options.bids_dir, options.out_dir) for s in scans if used(s, options.out_dir)]
     if not rows:
         raise SystemExit(f"{options.bids_dir}: no T2w or FLAIR with a T1w in its session")
     show(f"median of {len(rows)}", list(np.median(rows, axis=0)))
