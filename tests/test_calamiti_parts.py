@@ -59,31 +59,6 @@ def test_gumbel_one_hot_has_the_gradient_of_its_soft_form():
     assert torch.allclose(logits.grad, again.grad, atol=1e-5)
 
 
-def test_noise_of_the_labels_grows_from_none():
-    assert [net.noise_level(k) for k in (0, 500, 1000, 9000)] == [0, 0.5, 1, 1]
-    logits = torch.randn((2, 4, 3, 5))
-    found = net.gumbel_one_hot(logits, 0.7, GENERATOR, 0.0)
-    assert torch.allclose(found, net.one_hot(logits), atol=1e-6)
-    networks, mask = small(), torch.ones(2, 1, 8, 8)
-    x = torch.rand(2, 1, 8, 8)
-    first = networks.sampled_beta(x, mask, GENERATOR)
-    assert torch.allclose(first, networks.applied_beta(x, mask), atol=1e-6)
-    networks.steps += 1000
-    assert not torch.allclose(networks.sampled_beta(x, mask, GENERATOR), first, atol=1e-6)
-
-
-def test_older_bundles_draw_without_gain():
-    networks = small(beta_gain=3.0)
-    config = networks.config()
-    assert net.CalamitiNetworks.from_config(config).beta_gain == 3
-    del config["beta_gain"]
-    old = net.CalamitiNetworks.from_config(config)
-    assert old.beta_gain == 1
-    old.load_state_dict(networks.state_dict())
-    beta, theta, mask = torch.rand(1, 4, 8, 8), torch.rand(1, 2), torch.ones(1, 1, 8, 8)
-    assert torch.allclose(old.draw(3 * beta, theta, mask), networks.draw(beta, theta, mask))
-
-
 def test_gumbel_samples_follow_the_softmax_whatever_the_temperature():
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
     for tau in (1.0, 0.5):

@@ -46,7 +46,7 @@ _CPU = Preset(
     resolution=2.0,
     batch=4,
     networks={"beta_base": 8, "decoder_base": 8, "levels": 3, "decay": 4e-4},
-    plan=Plan(6000, 1e-3, every=250, patience=10),
+    plan=Plan(5000, 2e-3, every=250, patience=10),
     fusion_plan=Plan(400, 2e-3, every=50),
     adaptation_plan=Plan(800, 5e-4, every=50),
 )

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bids_harmony.methods.calamiti import Calamiti
 from bids_harmony.methods.calamiti_learned import Preset
 
-_STEPS = {"cpu": 3600, "paper": 30_000}  # none goes to a discriminator
+_STEPS = {"cpu": 3000, "paper": 30_000}  # none goes to a discriminator
 
 
 class Dewey2020(Calamiti):

@@ -22,7 +22,6 @@ BETAS, THETAS = 4, 2
 _LAST_TEMPERATURE = 0.5
 _STRIDES = 16  # of the theta encoder's four convolutions together
 _FIRST_LOG_VARIANCE = -5.0
-_NOISY_AFTER = 1000  # steps
 
 
 def temperature(step: int, decay: float) -> float:
@@ -36,18 +35,7 @@ def one_hot(logits: Tensor) -> Tensor:
     return hot.scatter_(1, logits.argmax(1, keepdim=True), 1.0)
 
 
-def noise_level(step: int) -> float:
-    """Share of the Gumbel noise: 0 at first, 1 after 1000 steps.
-
-    Untrained, beta is nothing but noise, and a decoder that has learned not to listen to it
-    leaves it so.
-    """
-    return min(1.0, step / _NOISY_AFTER)
-
-
-def gumbel_one_hot(
-    logits: Tensor, tau: float, generator: torch.Generator, level: float = 1.0
-) -> Tensor:
+def gumbel_one_hot(logits: Tensor, tau: float, generator: torch.Generator) -> Tensor:
     """One-hot sample of a categorical distribution with the gradient of its soft form.
 
     Straight-through Gumbel-softmax (Jang et al. 2017).
@@ -60,12 +48,10 @@ def gumbel_one_hot(
         Temperature of the softmax whose gradient is taken, > 0.
     generator
         Of the noise, on the device of the logits.
-    level
-        Share of the noise, 0 to 1.
     """
     drawn = torch.rand(logits.shape, generator=generator, device=logits.device)
     noise = -torch.log(-torch.log(drawn.clamp(1e-7, 1 - 1e-7)))
-    soft = ((logits + level * noise) / tau).softmax(1)
+    soft = ((logits + noise) / tau).softmax(1)
     return one_hot(soft.detach()) + soft - soft.detach()
 
 
@@ -136,9 +122,6 @@ class CalamitiNetworks(nn.Module):
         Whether there is one.
     decay
         Of the Gumbel temperature with every step.
-    beta_gain
-        Factor of beta before the decoder. Thetas grow to ten and more; beta, 0 or 1 beside them,
-        is overheard for thousands of steps.
     """
 
     steps: Tensor
@@ -150,11 +133,10 @@ class CalamitiNetworks(nn.Module):
         levels: int = 4,
         discriminator: bool = True,
         decay: float = 2e-4,
-        beta_gain: float = 5.0,
     ) -> None:
         super().__init__()
         self.beta_base, self.decoder_base, self.levels = beta_base, decoder_base, levels
-        self.decay, self.beta_gain = decay, beta_gain
+        self.decay = decay
         self.beta = SliceUNet(1, BETAS, beta_base, levels, norm=True)
         self.theta = ThetaEncoder()
         self.decoder = SliceUNet(BETAS + THETAS, 1, decoder_base, levels, norm=False)
@@ -174,7 +156,6 @@ class CalamitiNetworks(nn.Module):
             "levels": self.levels,
             "discriminator": self.discriminator is not None,
             "decay": self.decay,
-            "beta_gain": self.beta_gain,
         }
 
     @classmethod
@@ -183,15 +164,13 @@ class CalamitiNetworks(nn.Module):
         return cls(
             int(config["beta_base"]), int(config["decoder_base"]), int(config["levels"]),
             bool(config["discriminator"]), float(config["decay"]),
-            float(config.get("beta_gain", 1.0)),  # bundles made before there was one
         )  # fmt: skip
 
     def sampled_beta(self, x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Anatomy of slices while training, (B, 1, H, W) to (B, 4, H, W), 0 outside the mask."""
         logits = self.beta(x).float()
-        step = int(self.steps)
-        tau = temperature(step, self.decay)
-        return gumbel_one_hot(logits, tau, generator, noise_level(step)) * mask
+        tau = temperature(int(self.steps), self.decay)
+        return gumbel_one_hot(logits, tau, generator) * mask
 
     def applied_beta(self, x: Tensor, mask: Tensor) -> Tensor:
         """The same without noise: the likeliest channel."""
@@ -200,8 +179,7 @@ class CalamitiNetworks(nn.Module):
     def draw(self, beta: Tensor, theta: Tensor, mask: Tensor) -> Tensor:
         """Slices with this anatomy (B, 4, H, W) and contrast (B, 2): (B, 1, H, W)."""
         maps = theta[:, :, None, None].expand(-1, -1, *beta.shape[-2:])
-        seen = torch.cat((self.beta_gain * beta, maps), dim=1)
-        out: Tensor = self.decoder(seen).float() * mask
+        out: Tensor = self.decoder(torch.cat((beta, maps), dim=1)).float() * mask
         return out
 
     def last_layers(self) -> tuple[nn.Module, ...]:
