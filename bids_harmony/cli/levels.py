@@ -19,7 +19,7 @@ from bids_harmony.cli.fitting import (
 )
 from bids_harmony.cli.outputs import Pages, claim_desc, prepare_out_dir, write_logs, write_root
 from bids_harmony.cli.progress import Progress, run_line
-from bids_harmony.config import DEFAULT_METHOD, PROGRESS, Config
+from bids_harmony.config import DEFAULT_METHOD, Config
 from bids_harmony.errors import ExitCode, MissingInputError, UsageError
 from bids_harmony.interfaces.tissues import tissue_label
 from bids_harmony.methods.base import NATIVE_GRID
@@ -31,6 +31,7 @@ from bids_harmony.workflows.adapt import (
     sites_to_adapt_to,
     stored_for,
 )
+from bids_harmony.workflows.anchors import tell_for_session
 from bids_harmony.workflows.cohort import Outcome
 from bids_harmony.workflows.models import named_bundle
 from bids_harmony.workflows.participant import forget_sections, harmonize_scans, split_done
@@ -209,13 +210,9 @@ def _together(
     if not others:
         return target, lost
 
-    def tell(outcome: Outcome) -> None:
-        if outcome.status == "preprocessed":
-            LOG.log(PROGRESS, "%s: preprocessed, for its session", outcome.stem)
-
     target = replace(target, others=others)
     _, todo, _ = split_done([scan for scan in scans if scan.stem in others], target, job)
-    made, failed = store_others(todo, target, job, tell)
+    made, failed = store_others(todo, target, job, tell_for_session)
     return replace(target, others=made), lost + failed
 
 

@@ -359,16 +359,35 @@ def register_rigid(
     """
     if moving_mask is not None:
         moving = (moving[0] * (moving_mask > 0), moving[1])
+    return ants.read_transform(coarse_to_fine(ants, fixed, moving, kind, folder, fine=fine))
+
+
+def coarse_to_fine(
+    ants: Any,
+    fixed: tuple[Array, Array],
+    moving: tuple[Array, Array],
+    kind: str,
+    folder: Path,
+    regions: tuple[Array, Array] | None = None,
+    *,
+    fine: bool = True,
+) -> str:
+    """`align` at 4 mm and go on at 2 mm; return the path of the transform.
+
+    Parameters
+    ----------
+    regions
+        Where the fixed image counts, on its `coarse` grids of 4 and 2 mm.
+    """
     small = [coarse(*pair, REGISTRATION_SPACING) for pair in (fixed, moving)]
     rough = [coarse(*pair, START_SPACING) for pair in small]
-    found = align(ants, rough[0], rough[1], kind, folder)
+    found = align(ants, rough[0], rough[1], kind, folder, regions[0] if regions else None)
     if not fine:
-        return ants.read_transform(found[0])
+        return found[0]
     images = [to_ants(ants, *item) for item in small]
-    found = register(
-        ants, images[0], images[1], kind, found, folder / "fine_", None, (50, 20), 0.25
-    )
-    return ants.read_transform(found[0])
+    mask = to_ants(ants, regions[1], small[0][1]) if regions else None
+    prefix = folder / "fine_"
+    return register(ants, images[0], images[1], kind, found, prefix, mask, (50, 20), 0.25)[0]
 
 
 def load_mask(path: str | Path, data: Array, affine: Array) -> Array:

@@ -16,11 +16,10 @@ from bids_harmony.interfaces.ants_functions import (
     REGISTRATION_SPACING,
     START_SPACING,
     Array,
-    align,
     coarse,
+    coarse_to_fine,
     inverted,
     load,
-    register,
     to_ants,
     write_affine,
 )
@@ -61,17 +60,9 @@ def register_scans(
     -------
     Path of a transform that, in ``apply_transforms(fixed, moving)``, carries the moving scan.
     """
-    full = [fixed, moving, (fixed_mask.astype(np.float32), fixed[1])]
-    small = [coarse(*item, REGISTRATION_SPACING) for item in full]
-    rough = [coarse(*item, START_SPACING) for item in small]
-    found = align(ants, rough[0], rough[1], "Rigid", folder, _around(*rough[2]))
-    if not fine:
-        return found[0]
-    images = [to_ants(ants, *item) for item in small[:2]]
-    region = to_ants(ants, _around(*small[2]), small[2][1])
-    return register(
-        ants, images[0], images[1], "Rigid", found, folder / "fine_", region, (50, 20), 0.25
-    )[0]
+    weight = coarse(fixed_mask.astype(np.float32), fixed[1], REGISTRATION_SPACING)
+    regions = _around(*coarse(*weight, START_SPACING)), _around(*weight)
+    return coarse_to_fine(ants, fixed, moving, "Rigid", folder, regions, fine=fine)
 
 
 def _around(weight: Array, affine: Array) -> Array:

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bids_harmony.training.degrade import apply_knots, increasing_map
+from bids_harmony.training.degrade import TOP, apply_tones, increasing_map
 from bids_harmony.training.slices import on_canvas
 
 _Pick = Callable[[int], int]
-_TOP = 1.25  # of the scale: tones leave what is brighter as it is
 _LEVELS, _TRIM = 2, 0.3  # of a tone: `increasing_map`
 _LEAST_AREA = 0.25  # brain in a slice, of the most that a slice across the same axis has
 
@@ -88,14 +87,13 @@ def random_tones(count: int, generator: torch.Generator) -> Tensor:
     """Knots of intensity maps on 0..1.25, (count, 5): random increasing ones, or the identity."""
     drawn = [increasing_map(_LEVELS, _TRIM, generator) for _ in range(count)]
     same = torch.rand((count, 1), generator=generator) < 0.5
-    return _TOP * torch.where(same, torch.linspace(0, 1, 2**_LEVELS + 1), torch.stack(drawn))
+    return TOP * torch.where(same, torch.linspace(0, 1, 2**_LEVELS + 1), torch.stack(drawn))
 
 
 def toned(images: Tensor, tones: Tensor) -> Tensor:
     """Slices (B, 2, H, W), each mapped by its tone (2 B, K); 0 stays 0, above 1.25 goes on."""
     flat = images.flatten(0, 1)
-    mapped = apply_knots(flat, tones, _TOP) + (flat - _TOP).clamp(min=0)
-    return mapped.unflatten(0, images.shape[:2])
+    return apply_tones(flat, tones).unflatten(0, images.shape[:2])
 
 
 class PairDrawer:

@@ -26,9 +26,8 @@ from bids_harmony.workflows.cohort import (
     run_scans,
 )
 from bids_harmony.workflows.lock import one_at_a_time
-from bids_harmony.workflows.preprocess import init_preprocess_wf
 from bids_harmony.workflows.reuse import find_given, is_preprocessed
-from bids_harmony.workflows.scan import workflow_name
+from bids_harmony.workflows.scan import init_scan_wf
 from bids_harmony.workflows.settings import Anchor, Job
 
 LOG = logging.getLogger("bids_harmony")
@@ -64,29 +63,30 @@ def anchors_first(
         return run(todo, {})
     outcomes: list[Outcome] = []
     for group in _groups(todo):
-        if _stops(outcomes, job):
-            break
         first = [scan for scan in group if not _waits(scan, given)]
         waiting = [scan for scan in group if _waits(scan, given)]
-        outcomes += run(first, {}) if first else []
-        outcomes += _run_waiting(waiting, {o.stem: o for o in outcomes}, job, run, on_outcome)
+        done = run(first, {}) if first else []
+        done = [*done, *_run_waiting(waiting, done, job, run, on_outcome)]
+        outcomes += done
+        if _stops(done, job):
+            break
     return outcomes
 
 
 def _run_waiting(
     waiting: Sequence[Scan],
-    done: Mapping[str, Outcome],
+    done: Sequence[Outcome],
     job: Job,
     run: Callable[[Sequence[Scan], Mapping[str, Anchor]], list[Outcome]],
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Scans whose anchors are preprocessed, or have been tried in vain."""
     needed = {s.anchor.stem: s.anchor for s in waiting if s.anchor}
-    new = [a for stem, a in needed.items() if stem not in done and _resolved(a, job) is None]
-    stop = _stops(done.values(), job)
-    more = [] if stop else _preprocess(new, job)
-    stop = stop or _stops(more, job)
-    why = {**done, **{o.stem: o for o in more}}
+    why = {outcome.stem: outcome for outcome in done}
+    new = [a for stem, a in needed.items() if stem not in why and _resolved(a, job) is None]
+    more = [] if _stops(done, job) else _preprocess(new, job)
+    stop = _stops([*done, *more], job)
+    why |= {outcome.stem: outcome for outcome in more}
     anchors = {} if stop else {stem: _resolved(a, job) for stem, a in needed.items()}
     ready: dict[str, Anchor] = {}
     lost = []
@@ -138,26 +138,24 @@ def _resolved(scan: Scan, job: Job) -> Anchor | None:
     )
 
 
+def tell_for_session(outcome: Outcome) -> None:
+    """Log that a scan was preprocessed which was not asked for itself."""
+    if outcome.status == "preprocessed":
+        LOG.log(PROGRESS, "%s: preprocessed, for its session", outcome.stem)
+
+
 def _preprocess(scans: Sequence[Scan], job: Job) -> list[Outcome]:
     """Brain mask, bias field and registration of anchors that nothing else is done to."""
 
     def build(scan: Scan) -> Workflow:
-        workflow = Workflow(name=workflow_name(scan))
-        part = init_preprocess_wf(
+        return init_scan_wf(
             scan=scan,
             prep=job.prep,
+            target=None,
             place=job.place,
             given=find_given(scan, job),
-            scale_kind="robust",
             gigabytes=gigabytes(scan.path),
-            leave_out=("scale", "to_template"),
         )
-        workflow.add_nodes([part])
-        return workflow
-
-    def tell(outcome: Outcome) -> None:
-        if outcome.status == "preprocessed":
-            LOG.log(PROGRESS, "%s: preprocessed, for its session", outcome.stem)
 
     words = [job.prep.fingerprint, str(job.place.out_dir)]
     label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
@@ -173,7 +171,7 @@ def _preprocess(scans: Sequence[Scan], job: Job) -> list[Outcome]:
                 status="preprocessed",
                 last_nodes=frozenset({"write_preprocessed"}),
                 clean=job.clean,
-                on_outcome=tell,
+                on_outcome=tell_for_session,
                 label=f"anchors_{label}",
             )
     return outcomes
