@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
@@ -24,10 +25,11 @@ from bids_harmony.networks import calamiti as net  # noqa: E402
 from bids_harmony.networks.slice_unet import SliceUNet  # noqa: E402
 from bids_harmony.training import calamiti_losses as losses  # noqa: E402
 from bids_harmony.training import slice_losses  # noqa: E402
+from bids_harmony.training.classes import joint_classes  # noqa: E402
 from bids_harmony.training.contrasts import PairDrawer, Session, full_slices  # noqa: E402
 from bids_harmony.training.fit import train_network  # noqa: E402
 from bids_harmony.training.plan import Plan  # noqa: E402
-from tests.contrast_brains import cohort, scan  # noqa: E402
+from tests.contrast_brains import SHAPE, anatomy, cohort, scan  # noqa: E402
 
 GENERATOR = torch.Generator()
 
@@ -41,6 +43,77 @@ def one_thread():
 
 def small(**kwargs):
     return net.CalamitiNetworks(**{"beta_base": 4, "decoder_base": 4, "levels": 2, **kwargs})
+
+
+# --- classes that beta starts from
+
+
+def test_classes_are_those_of_both_contrasts_alike_at_all_sites():
+    sessions = data.paired_sessions(cohort({"a": (1,), "b": (2,)}), 2.0)[0]
+    for session, classes in zip(sessions, joint_classes(sessions, 3), strict=True):
+        labels, mask = anatomy(int(session.subject))
+        assert classes.dtype == torch.uint8
+        assert torch.equal(classes > 0, session.mask)
+        inside = np.asarray(session.mask)
+        agree = np.mean(classes.numpy()[inside] == labels[mask] + 1)  # fluid, grey, white in T1w
+        assert agree > 0.9
+
+
+def test_classes_are_the_nearest_of_their_own_means():
+    session = data.paired_sessions(cohort({"a": (1,)}), 2.0)[0][0]
+    (classes,) = joint_classes([session], 4)
+    values = torch.stack([session.images[m][0][session.mask] for m in ("T1w", "T2w")], dim=1)
+    values = ((values - values.mean(0)) / values.std(0, correction=0)).clamp(-3, 3).numpy()
+    found = classes[session.mask].numpy() - 1
+    own = np.stack([values[found == k].mean(0) for k in range(4)])
+    assert (np.diff(own[:, 0]) > 0).all(), "the brighter in T1w, the higher"
+    far = ((values[:, None] - own) ** 2).sum(2)
+    assert np.mean(far.argmin(1) == found) > 0.98
+    reference = KMeans(4, n_init=5, random_state=0).fit(values)
+    assert far.min(1).sum() < 1.05 * reference.inertia_
+
+
+def test_where_no_classes_can_be_told_there_are_none():
+    pairs = data.paired_sessions(cohort({"a": (1, 2)}), 2.0)[0]
+    other = replace(pairs[0], images={"FLAIR": pairs[0].images["T2w"], **pairs[0].images})
+    lacking = replace(
+        pairs[0], images={"FLAIR": pairs[0].images["T1w"], "PDw": pairs[0].images["T2w"]}
+    )
+    found = joint_classes([*pairs, other, lacking], 3)
+    assert [bool(f.any()) for f in found] == [True, True, True, False], "T1w is missing in one"
+    flat = replace(pairs[0], images={m: [torch.ones(SHAPE)] for m in ("T1w", "T2w")})
+    two = {m: [(found[0] > 0.6).float()] for m, found in pairs[0].images.items()}
+    for session in (flat, replace(pairs[0], images={"T1w": two["T1w"], "T2w": two["T1w"]})):
+        assert not joint_classes([session], 4)[0].any()
+
+
+def test_class_error_against_numpy_and_its_weight():
+    logits = torch.randn(2, 4, 3, 5, generator=GENERATOR)
+    classes = torch.randint(0, 5, (2, 3, 5), generator=GENERATOR, dtype=torch.uint8)
+    chance = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    expected = [
+        -np.log(chance[b, classes[b, i, j] - 1, i, j])
+        for b, i, j in np.ndindex(2, 3, 5)
+        if classes[b, i, j]
+    ]
+    found = losses.class_error(logits, classes)
+    assert float(found) == pytest.approx(float(np.mean(expected)), rel=1e-5)
+    assert float(losses.class_error(logits, torch.zeros_like(classes))) == 0.0
+    weights = [losses.class_weight(step, 100) for step in (0, 50, 100, 10_000)]
+    assert weights == pytest.approx([1, 0.5, weights[2], weights[2]])
+    assert 0 < weights[2] < 0.5
+
+
+def test_classes_go_with_their_slices():
+    session = coded()
+    place = session.images["T1w"][0] % 1e5
+    classes = (place % 4 + 1).to(torch.uint8)
+    drawer = PairDrawer([session], side=24, count=16, first=None, classes=[classes])
+    batch = drawer(torch.Generator().manual_seed(1))
+    wanted = (batch.images[:, 0] % 1e5 % 4 + 1) * batch.mask[:, 0]
+    assert torch.equal(batch.classes.float(), wanted)
+    without = PairDrawer([session], side=24, count=16, first=None)
+    assert not without(torch.Generator().manual_seed(1)).classes.any()
 
 
 # --- networks
@@ -158,16 +231,18 @@ def batch_of(judging, count=2):
     images, seen, others = (torch.rand(count, 2, 16, 16, generator=rng) for _ in range(3))
     crossed = torch.tensor([[True, False]] * count)
     known = torch.tensor([1.0] + [0.0] * (count - 1))
+    classes = torch.randint(0, 5, (count, 16, 16), generator=rng, dtype=torch.uint8)
     return losses.PairBatch(
-        images, seen, others, torch.ones(count, 1, 16, 16), crossed, known, torch.tensor(judging)
-    )
+        images, seen, others, torch.ones(count, 1, 16, 16), crossed, known, torch.tensor(judging),
+        classes,
+    )  # fmt: skip
 
 
 def test_each_step_trains_the_discriminator_or_the_rest():
     networks = small()
     for judging in (True, False):
         networks.zero_grad(set_to_none=True)
-        losses.calamiti_loss(networks, batch_of(judging), GENERATOR).backward()
+        losses.calamiti_loss(networks, batch_of(judging), GENERATOR, start=5).backward()
         with_gradient = {
             n.split(".")[0] for n, p in networks.named_parameters() if p.grad is not None
         }
@@ -189,7 +264,7 @@ def test_a_resumed_training_goes_on_with_its_temperature(tmp_path):
             seen.append(int(networks.steps))
             if len(seen) == stop:
                 raise KeyboardInterrupt
-            return losses.calamiti_loss(networks, batch, generator)
+            return losses.calamiti_loss(networks, batch, generator, start=3)
 
         train_network(
             networks, name="networks", draw=drawer, loss=loss, held_out=lambda: -len(seen),
@@ -260,23 +335,33 @@ def test_a_tone_is_told_by_theta_alone():
     )
     assert torch.equal(plain.seen, plain.images)
     assert torch.equal(batch.mask, plain.mask)
-    same = []
+    found = []
     for b in range(40):
         for k in range(2):
             before = torch.cat((plain.images[b, k], plain.others[b, k])).flatten()
             after = torch.cat((batch.images[b, k], batch.others[b, k])).flatten()
-            order = before.argsort()
-            assert (after[order].diff() >= -1e-6).all(), "one increasing map of both slices"
-            assert not after[before == 0].any()
-            bright = before >= 1.25
-            assert torch.allclose(after[bright], before[bright], atol=1e-6)
             seen, real = batch.seen[b, k].flatten(), plain.images[b, k].flatten()
-            assert (seen[real.argsort()].diff() >= -1e-6).all()
-            same.append([torch.allclose(after, before), torch.allclose(seen, real)])
-    share = np.mean(same, axis=0)
-    assert share == pytest.approx([0.5, 0.5], abs=0.17)
-    both = np.mean([one and two for one, two in same])
-    assert both == pytest.approx(0.25, abs=0.15), "drawn one by one"
+            found.append((power_of(before, after), power_of(real, seen)))
+    powers = np.array(found)
+    assert powers.min() > 0.499
+    assert powers.max() < 2.001
+    same = np.isclose(powers, 1, atol=1e-3)
+    assert same.mean(0) == pytest.approx([0.5, 0.5], abs=0.17)
+    assert same.all(1).mean() == pytest.approx(0.25, abs=0.15), "drawn one by one"
+    drawn = np.log2(powers[~same])
+    assert abs(drawn.mean()) < 0.25, "up as often as down"
+    assert drawn.std() == pytest.approx(1 / np.sqrt(3), abs=0.12)
+
+
+def power_of(before, after):
+    """Exponent that made one of the other, the same for all voxels; its tangent above 1."""
+    low, high = (before > 0.05) & (before < 0.95), before > 1.02
+    powers = after[low].log() / before[low].log(), (after[high] - 1) / (before[high] - 1)
+    power = float(torch.cat(powers).median())
+    assert torch.allclose(after[low], before[low] ** power, atol=1e-4)
+    assert torch.allclose(after[high], 1 + power * (before[high] - 1), atol=1e-4)
+    assert not after[before == 0].any()
+    return power
 
 
 def test_anatomy_comes_from_what_is_seen_and_the_drawing_is_of_the_image():

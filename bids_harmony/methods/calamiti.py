@@ -49,6 +49,7 @@ _CPU = Preset(
     plan=Plan(5000, 2e-3, every=250, patience=10),
     fusion_plan=Plan(400, 2e-3, every=50),
     adaptation_plan=Plan(800, 5e-4, every=50),
+    start=1000,
 )
 _PAPER = Preset(
     resolution=1.0,
@@ -57,6 +58,7 @@ _PAPER = Preset(
     plan=Plan(60_000, 4e-4, every=1000, patience=20),
     fusion_plan=Plan(2000, 1e-3, every=100),
     adaptation_plan=Plan(6000, 1e-4, every=200),
+    start=6000,
 )
 
 

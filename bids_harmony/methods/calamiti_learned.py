@@ -32,6 +32,8 @@ class Preset:
     plan, fusion_plan, adaptation_plan
         How long to train the slice networks, the fusion, and the encoders' last layers on a new
         site.
+    start
+        Steps in which the joint classes lead beta, with falling weight.
     fusion_width
         Of `FusionNetwork`.
     """
@@ -42,6 +44,7 @@ class Preset:
     plan: Plan
     fusion_plan: Plan
     adaptation_plan: Plan
+    start: int
     fusion_width: int = 8
 
 

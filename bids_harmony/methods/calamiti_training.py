@@ -25,8 +25,9 @@ from bids_harmony.methods.calamiti_files import ThetaRow
 from bids_harmony.methods.calamiti_fusion import LEARNED, train_fusion
 from bids_harmony.methods.calamiti_learned import Learned, Preset, spread
 from bids_harmony.methods.training_files import run_facts
-from bids_harmony.networks.calamiti import CalamitiNetworks, FusionNetwork
+from bids_harmony.networks.calamiti import BETAS, CalamitiNetworks, FusionNetwork
 from bids_harmony.training.calamiti_losses import adaptation_loss, calamiti_loss, pair_error
+from bids_harmony.training.classes import joint_classes
 from bids_harmony.training.contrasts import PairBatch, PairDrawer, Session
 from bids_harmony.training.fit import train_network
 from bids_harmony.training.slices import canvas_size
@@ -69,14 +70,16 @@ def train_calamiti(
     )
     drawer = PairDrawer(
         cohort.learn, side=side, count=preset.batch, first=first, same_slice=same_slice,
-        tones=tones,
+        tones=tones, classes=joint_classes(cohort.learn, BETAS),
     )  # fmt: skip
     runs = {
         "networks": train_network(
             networks,
             name="networks",
             draw=drawer,
-            loss=lambda batch, generator: calamiti_loss(networks, batch, generator),
+            loss=lambda batch, generator: calamiti_loss(
+                networks, batch, generator, start=preset.start
+            ),
             held_out=held_out_score(networks, cohort.held_out, side, seed, tones),
             plan=preset.plan.with_limit(training.minutes(0.8)),
             seed=seed,

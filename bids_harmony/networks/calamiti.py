@@ -168,7 +168,10 @@ class CalamitiNetworks(nn.Module):
 
     def sampled_beta(self, x: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Anatomy of slices while training, (B, 1, H, W) to (B, 4, H, W), 0 outside the mask."""
-        logits = self.beta(x).float()
+        return self.sampled(self.beta(x).float(), mask, generator)
+
+    def sampled(self, logits: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """The same from what the beta network gives, (B, 4, H, W), float32."""
         tau = temperature(int(self.steps), self.decay)
         return gumbel_one_hot(logits, tau, generator) * mask
 

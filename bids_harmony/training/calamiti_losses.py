@@ -15,6 +15,7 @@ from bids_harmony.training.contrasts import PairBatch
 from bids_harmony.training.slice_losses import edge_difference, masked_l1
 
 _IMAGE, _BETA, _KL, _ADVERSARIAL, _EDGES = 4.0, 0.03, 1e-7, 0.03, 0.04
+_CLASSES = 0.2  # least weight of `class_error`
 
 
 def kl_to_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -29,14 +30,27 @@ def same_label(logits: Tensor, label: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, wanted)
 
 
+def class_weight(step: int, start: int) -> float:
+    """Of `class_error`: falls from 1 in the first `start` steps, and stays at its least."""
+    return max(1 - step / start, _CLASSES)
+
+
+def class_error(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy of labels (B, C, H, W) with classes 1 to C (B, H, W) where they are known."""
+    wanted = classes.long() - 1
+    total = functional.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum")
+    return total / (wanted >= 0).sum().clamp(min=1)
+
+
 def calamiti_loss(
-    networks: CalamitiNetworks, batch: PairBatch, generator: torch.Generator
+    networks: CalamitiNetworks, batch: PairBatch, generator: torch.Generator, *, start: int
 ) -> Tensor:
     """Loss of a training step; the steps that the networks have had go up by one.
 
     In a `judging` step the discriminator learns to tell the first site's beta, and nothing else
     gets a gradient. In the others it stays as it is and is to take every beta for the first
-    site's.
+    site's, and beta is held to the classes of the voxels: strongly in the first `start` steps,
+    and somewhat to the end (not in the paper).
     """
     networks.steps += 1
     judge = networks.discriminator
@@ -50,8 +64,11 @@ def calamiti_loss(
         with torch.no_grad():
             beta = networks.sampled_beta(seen, mask, generator)
         return same_label(judge(beta), known)
-    beta = networks.sampled_beta(seen, mask, generator)
+    logits = networks.beta(seen).float()
+    beta = networks.sampled(logits, mask, generator)
     loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
+    known_classes = batch.classes.repeat_interleave(2, dim=0)
+    loss = loss + class_weight(int(networks.steps), start) * class_error(logits, known_classes)
     if judge is not None:
         loss = loss + _ADVERSARIAL * same_label(judge(beta), torch.ones_like(known))
     return loss

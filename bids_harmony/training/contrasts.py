@@ -6,6 +6,7 @@ of the same volume, which tells the contrast but not the anatomy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bids_harmony.training.degrade import TOP, apply_tones, increasing_map
+from bids_harmony.training.degrade import uniform
 from bids_harmony.training.slices import on_canvas
 
 _Pick = Callable[[int], int]
-_LEVELS, _TRIM = 2, 0.3  # of a tone: `increasing_map`
+_MOST = math.log(2)  # of a tone's exponent, as logarithm, up or down
 _LEAST_AREA = 0.25  # brain in a slice, of the most that a slice across the same axis has
 
 
@@ -66,6 +67,8 @@ class PairBatch(NamedTuple):
         Whether the pair comes from the site that the discriminator knows, (B,), float32.
     judging
         Whether this step is the discriminator's, bool scalar.
+    classes
+        Of the voxels (`joint_classes`), (B, H, W), uint8; 0 where none is known.
     """
 
     images: Tensor
@@ -75,6 +78,7 @@ class PairBatch(NamedTuple):
     crossed: Tensor
     first_site: Tensor
     judging: Tensor
+    classes: Tensor
 
 
 def full_slices(mask: Tensor, axis: int) -> list[int]:
@@ -84,16 +88,16 @@ def full_slices(mask: Tensor, axis: int) -> list[int]:
 
 
 def random_tones(count: int, generator: torch.Generator) -> Tensor:
-    """Knots of intensity maps on 0..1.25, (count, 5): random increasing ones, or the identity."""
-    drawn = [increasing_map(_LEVELS, _TRIM, generator) for _ in range(count)]
-    same = torch.rand((count, 1), generator=generator) < 0.5
-    return TOP * torch.where(same, torch.linspace(0, 1, 2**_LEVELS + 1), torch.stack(drawn))
+    """Exponents of power laws, (count,): 0.5 to 2 in half of the draws, otherwise 1."""
+    drawn = uniform(-_MOST, _MOST, generator, (count,)).exp()
+    return torch.where(uniform(0, 1, generator, (count,)) < 0.5, 1.0, drawn)
 
 
-def toned(images: Tensor, tones: Tensor) -> Tensor:
-    """Slices (B, 2, H, W), each mapped by its tone (2 B, K); 0 stays 0, above 1.25 goes on."""
-    flat = images.flatten(0, 1)
-    return apply_tones(flat, tones).unflatten(0, images.shape[:2])
+def toned(images: Tensor, exponents: Tensor) -> Tensor:
+    """Slices (B, 2, H, W), each to the power of its own exponent (2 B,); above 1 its tangent."""
+    power = exponents.view(-1, 2, 1, 1)
+    low = images.clamp(0, 1) ** power
+    return torch.where(images > 1, 1 + power * (images - 1), low)
 
 
 class PairDrawer:
@@ -112,9 +116,11 @@ class PairDrawer:
     same_slice
         Take theta from the slice that is drawn, as Dewey et al. (2020) do.
     tones
-        Give each volume a random increasing tone in half of the draws, and the slice that its
-        anatomy is taken from another one. Where real sites differ, both anatomy and theta tell the
-        site; a tone is told by theta alone.
+        Give each volume a random tone (`random_tones`), and the slice that its anatomy is taken
+        from another one. Where real sites differ, both anatomy and theta tell the site; a tone is
+        told by theta alone.
+    classes
+        Of the voxels of each session (`joint_classes`); None: none is known.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class PairDrawer:
         first: str | None,
         same_slice: bool = False,
         tones: bool = False,
+        classes: Sequence[Tensor] | None = None,
     ) -> None:
         self._side, self._count, self._first, self._same = side, count, first, same_slice
         self._tones = tones
@@ -133,6 +140,8 @@ class PairDrawer:
         for index, session in enumerate(sessions):
             self._by_site.setdefault(session.site, []).append(index)
         self._sessions = sessions
+        unknown = (torch.zeros_like(s.mask, dtype=torch.uint8) for s in sessions)
+        self._classes = list(unknown if classes is None else classes)
         self._slices = [[full_slices(s.mask, axis) for axis in range(3)] for s in sessions]
 
     def __call__(self, generator: torch.Generator) -> PairBatch:
@@ -148,7 +157,7 @@ class PairDrawer:
             known.append(float(site == self._first))
             index = self._by_site[site][pick(len(self._by_site[site]))]
             rows.append(self._pair(index, pick))
-        images, others, mask = (torch.stack(part) for part in zip(*rows, strict=True))
+        images, others, mask, classes = (torch.stack(part) for part in zip(*rows, strict=True))
         crossed = torch.rand((self._count, 2), generator=generator) < 0.5
         seen = images
         if self._tones:
@@ -156,7 +165,7 @@ class PairDrawer:
             tones = random_tones(2 * self._count, generator)
             images, others = toned(images, tones), toned(others, tones)
         facts = torch.tensor(known), torch.tensor(judging)
-        return PairBatch(images, seen, others, mask, crossed, *facts)
+        return PairBatch(images, seen, others, mask, crossed, *facts, classes[:, 0])
 
     def _site(self, pick: _Pick, judging: bool) -> str:
         sites = sorted(self._by_site)
@@ -166,8 +175,8 @@ class PairDrawer:
             sites.remove(str(self._first))
         return sites[pick(len(sites))]
 
-    def _pair(self, index: int, pick: _Pick) -> tuple[Tensor, Tensor, Tensor]:
-        """A slice of two contrasts, the slices for theta, and the mask, each (C, side, side)."""
+    def _pair(self, index: int, pick: _Pick) -> tuple[Tensor, ...]:
+        """A slice of two contrasts, those for theta, mask and classes, (C, side, side) each."""
         session, axis = self._sessions[index], pick(3)
         usable = self._slices[index][axis]
         place = pick(len(usable))
@@ -184,7 +193,9 @@ class PairDrawer:
             torch.stack([image[usable[place]] for image in chosen]),
             torch.stack([image[usable[other]] for image in chosen]),
             inside,
+            self._classes[index].movedim(axis, 0)[usable[place]][None],
         )
         mirrored = axis != 0 and pick(2) == 1  # left and right are alike
-        canvas = [on_canvas(p.flip(1) if mirrored else p, self._side, self._side) for p in parts]
-        return canvas[0], canvas[1], canvas[2]
+        return tuple(
+            on_canvas(p.flip(1) if mirrored else p, self._side, self._side) for p in parts
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _KNOTS = 17
-TOP = 1.25
+_TOP = 1.25
 
 
 def uniform(
@@ -69,11 +69,6 @@ def apply_knots(values: Tensor, knots: Tensor, top: float) -> Tensor:
     return below + (above - below) * (place - low)
 
 
-def apply_tones(values: Tensor, tones: Tensor) -> Tensor:
-    """Maps with even knots on 0..1.25 (B, K); what is brighter than all knots stays brighter."""
-    return apply_knots(values, tones, TOP) + (values - TOP).clamp(min=0)
-
-
 def soften(image: Tensor, deviation: Tensor) -> Tensor:
     """Blur (B, X, Y, Z) with a three-point kernel of this standard deviation (B,), 0..1 voxels."""
     side = (deviation.square() / 2).view(-1, 1, 1, 1)
@@ -105,15 +100,16 @@ def degrade_slabs(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Te
     def each(low: float, high: float) -> Tensor:
         return uniform(low, high, generator, (count, 1, 1, 1))
 
-    image = apply_tones(clean, _tones(count, 0.03, generator, identity=True))
+    image = apply_knots(clean, _tones(count, 0.03, generator, identity=True), _TOP)
+    image = image + (clean - _TOP).clamp(min=0)  # what is brighter than all knots stays brighter
     # scanners' tissue contrasts: the tone depends on what lies around a voxel
     around = _neighbourhood(clean, mask)
     where = torch.sigmoid((around - each(0.35, 0.7)) * each(4, 16)) * (each(0, 1) < 0.5)
-    image = image + where * apply_knots(clean, _tones(count, 0.03, generator), TOP)
+    image = image + where * apply_knots(clean, _tones(count, 0.03, generator), _TOP)
     blurred = soften(image, uniform(0, 0.7, generator, (count,)))
     image = torch.where(each(0, 1) < 0.5, blurred, image)
     slope = _waves(count, generator) * uniform(0, 0.6, generator, (count, 1))
-    gain = apply_knots(clean, slope, TOP).exp()
+    gain = apply_knots(clean, slope, _TOP).exp()
     knots = torch.randn((count, 1, 4, 4, 4), generator=generator)
     field = functional.interpolate(
         knots, size=clean.shape[1:], mode="trilinear", align_corners=True
@@ -139,7 +135,7 @@ def _tones(
 ) -> Tensor:
     """Small random tone changes that leave 0 where it is; with `identity` increasing maps."""
     size = uniform(0, 1, generator, (count, 1)).square() * most
-    base = torch.linspace(0, TOP, _KNOTS)
+    base = torch.linspace(0, _TOP, _KNOTS)
     change = _waves(count, generator) * size * (4 * base).clamp(max=1)
     return torch.cummax(base + change, dim=1).values if identity else change
 
