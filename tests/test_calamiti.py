@@ -21,25 +21,12 @@ from bids_harmony.methods import (  # noqa: E402
 from bids_harmony.methods.base import Training  # noqa: E402
 from bids_harmony.methods.bundle import load_bundle, save_bundle  # noqa: E402
 from bids_harmony.methods.volume_grid import on_model_grid  # noqa: E402
-from bids_harmony.training.plan import Plan, Trained  # noqa: E402
+from bids_harmony.training.plan import Trained  # noqa: E402
 from tests.contrast_brains import TISSUES, anatomy, cohort, scan  # noqa: E402
+from tests.tiny_calamiti import tiny  # noqa: E402
 
 SHAPE = (24, 28, 24)
 VOLUMES = cohort({"a": (1, 2), "b": (4, 5)}, shape=SHAPE)
-
-
-def tiny(name, steps=8, **networks):
-    """The method with a preset of seconds."""
-    kind = registry.load(name)
-    plan = Plan(steps, 4e-3, every=max(steps // 2, 1), half=False)
-    preset = replace(
-        kind.presets_by_name["cpu"], batch=2,
-        networks={"beta_base": 4, "decoder_base": 4, "levels": 2, "decay": 5e-3, **networks},
-        plan=plan, fusion_plan=replace(plan, steps=4, every=2), fusion_width=2,
-        adaptation_plan=replace(plan, steps=4, every=2),
-    )  # fmt: skip
-    members = {"presets_by_name": {"cpu": preset}, "__module__": __name__}
-    return type(kind.__name__, (kind,), members)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +69,7 @@ def taught():
     kind = tiny("calamiti", steps=1440, beta_base=8, decoder_base=8, decay=2e-3)
     preset = kind.presets_by_name["cpu"]
     plan = replace(preset.plan, rate=2e-3, every=150)
-    kind.presets_by_name = {"cpu": replace(preset, batch=4, plan=plan)}
+    kind.presets_by_name = {"cpu": replace(preset, batch=4, plan=plan, start=300)}
     volumes = cohort({"a": range(1, 6), "b": range(11, 16)}, shape=SHAPE)
     method = kind.fit(volumes, seed=0, training=Training("cpu"))
     return method.towards([v for v in volumes if v.site == "b"], seed=0)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.cluster import KMeans
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
@@ -25,11 +24,11 @@ from bids_harmony.networks import calamiti as net  # noqa: E402
 from bids_harmony.networks.slice_unet import SliceUNet  # noqa: E402
 from bids_harmony.training import calamiti_losses as losses  # noqa: E402
 from bids_harmony.training import slice_losses  # noqa: E402
-from bids_harmony.training.classes import joint_classes  # noqa: E402
-from bids_harmony.training.contrasts import PairDrawer, Session, full_slices  # noqa: E402
+from bids_harmony.training.contrasts import PairDrawer, full_slices  # noqa: E402
 from bids_harmony.training.fit import train_network  # noqa: E402
 from bids_harmony.training.plan import Plan  # noqa: E402
-from tests.contrast_brains import SHAPE, anatomy, cohort, scan  # noqa: E402
+from tests.contrast_brains import cohort, scan  # noqa: E402
+from tests.tiny_calamiti import coded  # noqa: E402
 
 GENERATOR = torch.Generator()
 
@@ -43,77 +42,6 @@ def one_thread():
 
 def small(**kwargs):
     return net.CalamitiNetworks(**{"beta_base": 4, "decoder_base": 4, "levels": 2, **kwargs})
-
-
-# --- classes that beta starts from
-
-
-def test_classes_are_those_of_both_contrasts_alike_at_all_sites():
-    sessions = data.paired_sessions(cohort({"a": (1,), "b": (2,)}), 2.0)[0]
-    for session, classes in zip(sessions, joint_classes(sessions, 3), strict=True):
-        labels, mask = anatomy(int(session.subject))
-        assert classes.dtype == torch.uint8
-        assert torch.equal(classes > 0, session.mask)
-        inside = np.asarray(session.mask)
-        agree = np.mean(classes.numpy()[inside] == labels[mask] + 1)  # fluid, grey, white in T1w
-        assert agree > 0.9
-
-
-def test_classes_are_the_nearest_of_their_own_means():
-    session = data.paired_sessions(cohort({"a": (1,)}), 2.0)[0][0]
-    (classes,) = joint_classes([session], 4)
-    values = torch.stack([session.images[m][0][session.mask] for m in ("T1w", "T2w")], dim=1)
-    values = ((values - values.mean(0)) / values.std(0, correction=0)).clamp(-3, 3).numpy()
-    found = classes[session.mask].numpy() - 1
-    own = np.stack([values[found == k].mean(0) for k in range(4)])
-    assert (np.diff(own[:, 0]) > 0).all(), "the brighter in T1w, the higher"
-    far = ((values[:, None] - own) ** 2).sum(2)
-    assert np.mean(far.argmin(1) == found) > 0.98
-    reference = KMeans(4, n_init=5, random_state=0).fit(values)
-    assert far.min(1).sum() < 1.05 * reference.inertia_
-
-
-def test_where_no_classes_can_be_told_there_are_none():
-    pairs = data.paired_sessions(cohort({"a": (1, 2)}), 2.0)[0]
-    other = replace(pairs[0], images={"FLAIR": pairs[0].images["T2w"], **pairs[0].images})
-    lacking = replace(
-        pairs[0], images={"FLAIR": pairs[0].images["T1w"], "PDw": pairs[0].images["T2w"]}
-    )
-    found = joint_classes([*pairs, other, lacking], 3)
-    assert [bool(f.any()) for f in found] == [True, True, True, False], "T1w is missing in one"
-    flat = replace(pairs[0], images={m: [torch.ones(SHAPE)] for m in ("T1w", "T2w")})
-    two = {m: [(found[0] > 0.6).float()] for m, found in pairs[0].images.items()}
-    for session in (flat, replace(pairs[0], images={"T1w": two["T1w"], "T2w": two["T1w"]})):
-        assert not joint_classes([session], 4)[0].any()
-
-
-def test_class_error_against_numpy_and_its_weight():
-    logits = torch.randn(2, 4, 3, 5, generator=GENERATOR)
-    classes = torch.randint(0, 5, (2, 3, 5), generator=GENERATOR, dtype=torch.uint8)
-    chance = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
-    expected = [
-        -np.log(chance[b, classes[b, i, j] - 1, i, j])
-        for b, i, j in np.ndindex(2, 3, 5)
-        if classes[b, i, j]
-    ]
-    found = losses.class_error(logits, classes)
-    assert float(found) == pytest.approx(float(np.mean(expected)), rel=1e-5)
-    assert float(losses.class_error(logits, torch.zeros_like(classes))) == 0.0
-    weights = [losses.class_weight(step, 100) for step in (0, 50, 100, 10_000)]
-    assert weights == pytest.approx([1, 0.5, weights[2], weights[2]])
-    assert 0 < weights[2] < 0.5
-
-
-def test_classes_go_with_their_slices():
-    session = coded()
-    place = session.images["T1w"][0] % 1e5
-    classes = (place % 4 + 1).to(torch.uint8)
-    drawer = PairDrawer([session], side=24, count=16, first=None, classes=[classes])
-    batch = drawer(torch.Generator().manual_seed(1))
-    wanted = (batch.images[:, 0] % 1e5 % 4 + 1) * batch.mask[:, 0]
-    assert torch.equal(batch.classes.float(), wanted)
-    without = PairDrawer([session], side=24, count=16, first=None)
-    assert not without(torch.Generator().manual_seed(1)).classes.any()
 
 
 # --- networks
@@ -293,17 +221,6 @@ def test_crossed_contrasts_are_drawn_from_the_other_anatomy(monkeypatch):
 
 
 # --- pairs
-
-
-def coded(site="a", subject="01", bump=0, modalities=("T1w", "T2w")):
-    """A session whose voxels tell modality, place and session."""
-    shape = (20, 24, 22)
-    place = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1
-    images = {
-        m: [torch.from_numpy(place + 1e5 * k + 1e6 * bump)] for k, m in enumerate(modalities)
-    }
-    names = {m: [f"{subject}_{m}"] for m in modalities}
-    return Session(site, images, torch.ones(shape, dtype=torch.bool), names, subject)
 
 
 @pytest.mark.parametrize("same", [False, True])

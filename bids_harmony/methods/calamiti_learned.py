@@ -33,7 +33,7 @@ class Preset:
         How long to train the slice networks, the fusion, and the encoders' last layers on a new
         site.
     start
-        Steps in which the joint classes lead beta, with falling weight.
+        Steps in which the weight of the joint classes would fall to 0 (`class_weight`).
     fusion_width
         Of `FusionNetwork`.
     """

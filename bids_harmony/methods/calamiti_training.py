@@ -68,9 +68,10 @@ def train_calamiti(
         canvas_size(shapes, (0, 1, 2), networks.divisor),
         -(-_LEAST_SIDE // networks.divisor) * networks.divisor,
     )
+    classes = joint_classes(cohort.learn, BETAS)
     drawer = PairDrawer(
         cohort.learn, side=side, count=preset.batch, first=first, same_slice=same_slice,
-        tones=tones, classes=joint_classes(cohort.learn, BETAS),
+        tones=tones, classes=classes,
     )  # fmt: skip
     runs = {
         "networks": train_network(
@@ -98,6 +99,7 @@ def train_calamiti(
         "drawing_error": {m: round(k.error, 4) for m, k in known.items()},
         "discriminator": _discriminator_words(cohort, discriminator),
         "sessions": len(cohort.learn),
+        "sessions_with_classes": sum(bool(found.any()) for found in classes),
         "held_out_sessions": len(cohort.held_out),
         "left_out": list(cohort.left_out),
         "networks": {name: run_facts(run) for name, run in runs.items()},

@@ -171,7 +171,7 @@ class CalamitiNetworks(nn.Module):
         return self.sampled(self.beta(x).float(), mask, generator)
 
     def sampled(self, logits: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """The same from what the beta network gives, (B, 4, H, W), float32."""
+        """Anatomy drawn at random from the logits of the labels, both (B, 4, H, W), float32."""
         tau = temperature(int(self.steps), self.decay)
         return gumbel_one_hot(logits, tau, generator) * mask
 

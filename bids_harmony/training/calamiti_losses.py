@@ -31,7 +31,7 @@ def same_label(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def class_weight(step: int, start: int) -> float:
-    """Of `class_error`: falls from 1 in the first `start` steps, and stays at its least."""
+    """Of `class_error`: falls from 1 by 1 / `start` a step, and stays at 0.2."""
     return max(1 - step / start, _CLASSES)
 
 
@@ -49,8 +49,8 @@ def calamiti_loss(
 
     In a `judging` step the discriminator learns to tell the first site's beta, and nothing else
     gets a gradient. In the others it stays as it is and is to take every beta for the first
-    site's, and beta is held to the classes of the voxels: strongly in the first `start` steps,
-    and somewhat to the end (not in the paper).
+    site's, and beta is held to the classes of the voxels, most of all at first (`class_weight`;
+    not in the paper).
     """
     networks.steps += 1
     judge = networks.discriminator
@@ -67,8 +67,8 @@ def calamiti_loss(
     logits = networks.beta(seen).float()
     beta = networks.sampled(logits, mask, generator)
     loss = drawing_loss(networks, batch, beta.unflatten(0, (count, 2)), generator)
-    known_classes = batch.classes.repeat_interleave(2, dim=0)
-    loss = loss + class_weight(int(networks.steps), start) * class_error(logits, known_classes)
+    classes = batch.classes.repeat_interleave(2, dim=0)
+    loss = loss + class_weight(int(networks.steps), start) * class_error(logits, classes)
     if judge is not None:
         loss = loss + _ADVERSARIAL * same_label(judge(beta), torch.ones_like(known))
     return loss

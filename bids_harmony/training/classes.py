@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bids_harmony.training.contrasts import Session
 
-_LEARNED = 20_000  # voxels of a brain that the means are found from
+_LEARNED = 20_000  # voxels of a brain, evenly spaced, that suffice to find the means from
 _ROUNDS = 30
 _FAR = 3.0  # deviations beyond it count as it
 
@@ -27,7 +27,8 @@ def joint_classes(sessions: Sequence[Session], count: int) -> list[Tensor]:
     """Classes of the voxels of some sessions: k-means of all of a session's contrasts.
 
     Of several scans of one contrast the first counts. The classes are numbered by their
-    brightness in the contrast that most sessions have.
+    brightness in the contrast that most sessions have; of equals it is T1w, in which tissues lie
+    farthest apart, so that no site's numbers are others than the next one's.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ def joint_classes(sessions: Sequence[Session], count: int) -> list[Tensor]:
         fall into so many classes.
     """
     having = Counter(modality for session in sessions for modality in session.images)
-    leading = max(sorted(having), key=lambda modality: having[modality])
+    leading = max(sorted(having), key=lambda modality: (having[modality], modality == "T1w"))
     return [_of_session(session, leading, count) for session in sessions]
 
 
