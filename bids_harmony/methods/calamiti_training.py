@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,9 +79,7 @@ def train_calamiti(
             networks,
             name="networks",
             draw=drawer,
-            loss=lambda batch, generator: calamiti_loss(
-                networks, batch, generator, start=preset.start
-            ),
+            loss=partial(calamiti_loss, networks, start=preset.start),
             held_out=held_out_score(networks, cohort.held_out, side, seed, tones),
             plan=preset.plan.with_limit(training.minutes(0.8)),
             seed=seed,
@@ -223,7 +222,7 @@ def adapt_learned(
         draw=PairDrawer(
             learn, side=side, count=preset.batch, first=None, same_slice=same_slice, tones=tones
         ),
-        loss=lambda batch, generator: adaptation_loss(networks, batch, generator),
+        loss=partial(adaptation_loss, networks),
         held_out=score,
         plan=preset.adaptation_plan.with_limit(training.max_minutes),
         seed=seed,

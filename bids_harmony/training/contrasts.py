@@ -140,8 +140,8 @@ class PairDrawer:
         for index, session in enumerate(sessions):
             self._by_site.setdefault(session.site, []).append(index)
         self._sessions = sessions
-        unknown = (torch.zeros_like(s.mask, dtype=torch.uint8) for s in sessions)
-        self._classes = list(unknown if classes is None else classes)
+        none = torch.zeros((), dtype=torch.uint8)  # takes no memory
+        self._classes = classes or [none.expand(s.mask.shape) for s in sessions]
         self._slices = [[full_slices(s.mask, axis) for axis in range(3)] for s in sessions]
 
     def __call__(self, generator: torch.Generator) -> PairBatch:

@@ -27,7 +27,7 @@ from bids_harmony.methods.adaptation import (
     save_adaptation,
 )
 from bids_harmony.methods.base import Adaptation
-from bids_harmony.workflows.cohort import NOT_RUN, Outcome, gigabytes
+from bids_harmony.workflows.cohort import NOT_RUN, Outcome, gigabytes, short_label
 from bids_harmony.workflows.engine import run_graph
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.reuse import find_given
@@ -295,7 +295,7 @@ def _run(sites: Sequence[_Site], adapting: Adapting) -> dict[Key, Outcome]:
     target, job = adapting.target, adapting.job
     failed: dict[Key, Outcome] = {}
     words = [target.hash, str(job.place.out_dir), [s.key for s in sites], adapting.settings]
-    label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
+    label = short_label(words)
     graph = Workflow(name=f"bids_harmony_adapt_{label}_wf")
     keys: dict[str, Key] = {}
     for number, site in enumerate(sites, start=1):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +22,7 @@ from bids_harmony.workflows.cohort import (
     batched,
     gigabytes,
     run_scans,
+    short_label,
 )
 from bids_harmony.workflows.lock import one_at_a_time
 from bids_harmony.workflows.reuse import find_given, is_preprocessed
@@ -37,7 +36,8 @@ def anchors_first(
     todo: Sequence[Scan],
     given: Mapping[str, Precomputed],
     job: Job,
-    run: Callable[[Sequence[Scan], Mapping[str, Anchor]], list[Outcome]],
+    build: Callable[[Scan, Anchor | None], Workflow],
+    run: Callable[[Sequence[Scan], Callable[[Scan], Workflow]], list[Outcome]],
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Run scans in an order in which the anchor of each is preprocessed before it.
@@ -49,9 +49,10 @@ def anchors_first(
     ----------
     given
         What was found for each scan, by stem.
+    build
+        Makes the sub-workflow of a scan, from its anchor if it is registered to it.
     run
-        Does to some scans what is to be done, and tells their outcomes; is given the anchors of
-        those that have one, by stem.
+        `run_scans` with all but its first two arguments.
     on_outcome
         Is told of scans whose anchor cannot be used.
 
@@ -59,28 +60,34 @@ def anchors_first(
     -------
     What became of the scans.
     """
+    anchors: dict[str, Anchor] = {}
+
+    def built(scan: Scan) -> Workflow:
+        return build(scan, anchors.get(scan.stem))
+
     if not any(_waits(scan, given) for scan in todo):
-        return run(todo, {})
+        return run(todo, built)
     outcomes: list[Outcome] = []
     for group in _groups(todo):
         first = [scan for scan in group if not _waits(scan, given)]
         waiting = [scan for scan in group if _waits(scan, given)]
-        done = run(first, {}) if first else []
-        done = [*done, *_run_waiting(waiting, done, job, run, on_outcome)]
+        done = run(first, built) if first else []
+        ready, lost = _with_anchors(waiting, done, job)
+        for outcome in lost:
+            on_outcome(outcome)
+        anchors |= ready
+        rest = [scan for scan in waiting if scan.stem in ready]
+        done = [*done, *lost, *(run(rest, built) if rest else [])]
         outcomes += done
         if _stops(done, job):
             break
     return outcomes
 
 
-def _run_waiting(
-    waiting: Sequence[Scan],
-    done: Sequence[Outcome],
-    job: Job,
-    run: Callable[[Sequence[Scan], Mapping[str, Anchor]], list[Outcome]],
-    on_outcome: Callable[[Outcome], None],
-) -> list[Outcome]:
-    """Scans whose anchors are preprocessed, or have been tried in vain."""
+def _with_anchors(
+    waiting: Sequence[Scan], done: Sequence[Outcome], job: Job
+) -> tuple[dict[str, Anchor], list[Outcome]]:
+    """Anchors of scans by stem, now preprocessed; what became of scans that have none."""
     needed = {s.anchor.stem: s.anchor for s in waiting if s.anchor}
     why = {outcome.stem: outcome for outcome in done}
     new = [a for stem, a in needed.items() if stem not in why and _resolved(a, job) is None]
@@ -97,8 +104,7 @@ def _run_waiting(
             ready[scan.stem] = anchor
         else:
             lost.append(_lost(scan, scan.anchor, why.get(scan.anchor.stem), stop))
-            on_outcome(lost[-1])
-    return lost + (run([s for s in waiting if s.stem in ready], ready) if ready else [])
+    return ready, lost
 
 
 def _stops(outcomes: Iterable[Outcome], job: Job) -> bool:
@@ -158,7 +164,7 @@ def _preprocess(scans: Sequence[Scan], job: Job) -> list[Outcome]:
         )
 
     words = [job.prep.fingerprint, str(job.place.out_dir)]
-    label = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:10]
+    label = short_label(words)
     outcomes = []
     for some in batched(sorted(scans, key=lambda scan: scan.stem)):
         with ExitStack() as locks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 import nibabel as nb
 import numpy as np
@@ -149,6 +151,11 @@ def run_scans(
         if engine.stop_on_first_crash and failed:
             break
     return outcomes
+
+
+def short_label(parts: Any) -> str:
+    """Ten digits that tell the work files of one run from another's, from all that differs."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def batched(scans: Sequence[Scan]) -> Iterator[Sequence[Scan]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from nipype.pipeline.engine import Workflow
 
@@ -12,7 +11,7 @@ from bids_harmony.bids.derivatives import Precomputed
 from bids_harmony.bids.names import fragment_path
 from bids_harmony.bids.scan import Scan
 from bids_harmony.workflows.anchors import anchors_first
-from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans
+from bids_harmony.workflows.cohort import Outcome, gigabytes, run_scans, short_label
 from bids_harmony.workflows.reuse import find_given, is_done, is_preprocessed
 from bids_harmony.workflows.scan import init_scan_wf
 from bids_harmony.workflows.settings import Anchor, Job, Target, scan_settings
@@ -78,23 +77,20 @@ def harmonize_scans(
     last = {"write_preprocessed"} if target is None else {"write", "report", "write_preprocessed"}
     last |= {"write_tissues"} if target and target.segments else set()
 
-    def run(some: Sequence[Scan], anchors: Mapping[str, Anchor]) -> list[Outcome]:
-        return run_scans(
-            some,
-            lambda scan: build(scan, anchors.get(scan.stem)),
-            job.engine,
-            status="preprocessed" if target is None else "harmonized",
-            last_nodes=frozenset(last),
-            clean=job.clean,
-            on_outcome=on_outcome,
-            label=_label(target, job),
-        )
-
-    return outcomes + anchors_first(todo, given, job, run, on_outcome)
+    run = partial(
+        run_scans,
+        engine=job.engine,
+        status="preprocessed" if target is None else "harmonized",
+        last_nodes=frozenset(last),
+        clean=job.clean,
+        on_outcome=on_outcome,
+        label=_label(target, job),
+    )
+    return outcomes + anchors_first(todo, given, job, build, run, on_outcome)
 
 
 def _label(target: Target | None, job: Job) -> str:
     """Short checksum of what tells this run's work files from another's."""
     model = [target.hash, target.adapt] if target else []
     parts = [job.prep.fingerprint, model, str(job.place.out_dir), job.place.desc]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    return short_label(parts)

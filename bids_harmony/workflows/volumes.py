@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +87,16 @@ def store_volumes(
             labels=labels.get(scan.stem),
         )  # fmt: skip
 
-    def run(some: Sequence[Scan], anchors: Mapping[str, Anchor]) -> list[Outcome]:
-        return run_scans(
-            some,
-            lambda scan: build(scan, anchors.get(scan.stem)),
-            job.engine,
-            status="preprocessed",
-            last_nodes=frozenset({"store", "write_preprocessed"}),
-            clean=job.clean,
-            on_outcome=on_outcome,
-            label=f"train_{label}",
-        )
-
-    outcomes = anchors_first(todo, given, job, run, on_outcome)
+    run = partial(
+        run_scans,
+        engine=job.engine,
+        status="preprocessed",
+        last_nodes=frozenset({"store", "write_preprocessed"}),
+        clean=job.clean,
+        on_outcome=on_outcome,
+        label=f"train_{label}",
+    )
+    outcomes = anchors_first(todo, given, job, build, run, on_outcome)
     stems = [folder / s.stem for s in scans if _is_stored(folder / s.stem, s, keys[s.stem])]
     return stems, [*refused, *outcomes]
 
