@@ -72,7 +72,7 @@ def anchors_first(
         first = [scan for scan in group if not _waits(scan, given)]
         waiting = [scan for scan in group if _waits(scan, given)]
         done = run(first, built) if first else []
-        ready, lost = _with_anchors(waiting, done, job)
+        ready, lost = _anchors_of(waiting, done, job)
         for outcome in lost:
             on_outcome(outcome)
         anchors |= ready
@@ -84,7 +84,7 @@ def anchors_first(
     return outcomes
 
 
-def _with_anchors(
+def _anchors_of(
     waiting: Sequence[Scan], done: Sequence[Outcome], job: Job
 ) -> tuple[dict[str, Anchor], list[Outcome]]:
     """Anchors of scans by stem, now preprocessed; what became of scans that have none."""
