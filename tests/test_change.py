@@ -8,7 +8,12 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.change import apply_change, brain_curve, extend_change
+from bids_harmony.imaging.change import (
+    apply_change,
+    brain_curve,
+    distributed_change,
+    extend_change,
+)
 from bids_harmony.imaging.tone import ToneCurve
 
 
@@ -179,6 +184,24 @@ def test_curve_is_monotone_through_zero(before, after):
     assert mapped[0] == 0
     assert np.all(np.diff(mapped) >= -1e-6)
     assert np.isfinite(mapped).all()
+
+
+def test_a_distribution_is_given_to_the_brain_alone():
+    data, mask = head_phantom()
+    change = np.where(mask, 0.1 * ndimage.gaussian_filter(data, 3), 7).astype(np.float32)
+    wanted = np.linspace(0.2, 0.9, 101)
+    found = distributed_change(data, change, mask, wanted)
+    assert np.array_equal(found[~mask], change[~mask])
+    raw = data.astype(np.float64)
+    after, before = (raw + found)[mask], (raw + change)[mask]
+    levels = np.linspace(0, 1, 21)
+    assert np.quantile(after, levels) == pytest.approx(0.2 + 0.7 * levels, abs=1e-3)
+    assert np.all(np.diff(after[before.argsort()]) >= -1e-6), "order is kept"
+    with pytest.raises(ScanError, match="empty"):
+        distributed_change(data, change, np.zeros_like(mask), wanted)
+    change[mask] = np.nan
+    with pytest.raises(ScanError, match="change holds NaN"):
+        distributed_change(data, change, mask, wanted)
 
 
 def test_errors():

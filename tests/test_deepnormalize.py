@@ -21,6 +21,7 @@ import contrast_brains  # noqa: E402
 from contrast_brains import labelled  # noqa: E402
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
+from bids_harmony.imaging.tissue_mixture import mixture_quantiles  # noqa: E402
 from bids_harmony.imaging.tissues import TISSUES  # noqa: E402
 from bids_harmony.interfaces.files import load  # noqa: E402
 from bids_harmony.interfaces.tissues import labels_of, tissue_shares  # noqa: E402
@@ -31,7 +32,11 @@ from bids_harmony.methods.deepnormalize import (  # noqa: E402
     PreProcessor,
     Standardization,
 )
-from bids_harmony.methods.deepnormalize_part import normalized_brain  # noqa: E402
+from bids_harmony.methods.deepnormalize_part import (  # noqa: E402
+    matched,
+    normalized_brain,
+    wanted_quantiles,
+)
 from bids_harmony.methods.deepnormalize_training import (  # noqa: E402
     box_of,
     discriminator_scores,
@@ -148,11 +153,11 @@ def test_common_appearance_is_that_of_the_best_separated_site():
     adult = [brain_of("z", (0.3, 0.6, 0.9), seed=k) for k in (3, 4)]
     found = CommonAppearance.of([*isointense, *adult])
     assert found.site == "z"
-    assert found.quantiles.shape == (1, 3, 32)
+    assert found.quantiles.shape == (1, 3, 257)
     expected = np.mean(
         [
             [
-                np.quantile(b.images[0][b.labels == k], (np.arange(32) + 0.5) / 32)
+                np.quantile(b.images[0][b.labels == k], np.linspace(0, 1, 257))
                 for k in (1, 2, 3)
             ]
             for b in adult
@@ -183,9 +188,58 @@ def test_tissue_distance_against_scipy():
     assert float(tissue_distance(step, labels, torch.tensor([0, 1]), wanted)) < found.item()
     # the first cube alone has nothing to change; a tissue of few voxels does not count
     alone = tissue_distance(drawn[:1], labels[:1], torch.tensor([0]), wanted)
-    assert alone.item() == pytest.approx(0, abs=2e-3)  # 32 quantiles of 576 voxels
+    assert alone.item() == pytest.approx(0, abs=2e-3)  # 257 quantiles of 576 voxels
     few = torch.where(torch.arange(12)[:, None, None] < 1, labels, 0)  # 144 voxels of CSF
     assert tissue_distance(drawn, few, torch.tensor([0, 1]), wanted).item() == 0
+
+
+def test_mixture_quantiles_are_those_of_the_pooled_voxels():
+    rng = np.random.default_rng(2)
+    samples = [rng.normal(mean, 0.05, n) for mean, n in ((0.3, 2000), (0.6, 5000), (0.9, 3000))]
+    tables = np.array([np.quantile(v, np.linspace(0, 1, 257)) for v in samples])
+    found = mixture_quantiles(tables, [0.2, 0.5, 0.3])
+    levels = np.linspace(0, 1, 1001)
+    inner = (levels > 0.01) & (levels < 0.99)
+    pooled = np.quantile(np.concatenate(samples), levels)
+    gaps = np.abs(found - pooled)[inner]
+    assert gaps.mean() < 1e-3
+    assert np.all(np.diff(found) >= 0)
+    unknown = tables.copy()
+    unknown[0] = np.nan
+    alone = mixture_quantiles(unknown, [0.5, 0.0, 0.1])
+    np.testing.assert_allclose(np.interp(np.linspace(0, 1, 257), levels, alone), tables[2], atol=2e-3)
+    with pytest.raises(ScanError, match="no tissue was found"):
+        mixture_quantiles(unknown, [1, 0, 0])
+
+
+def test_matching_gives_sites_one_distribution_and_people_their_own_shares():
+    known = brain_of("z", (0.3, 0.6, 0.9), seed=1)
+    tables = CommonAppearance.of([known]).quantiles.numpy()
+    mask = np.ones((12, 12, 12), dtype=bool)
+    mask[0, 0] = False
+
+    def result(means, cuts, seed):
+        """A person's brain, tissues in slabs, as the networks left it at a site."""
+        labels = np.digitize(np.arange(12), cuts)[:, None, None] * np.ones((12, 12, 12), int)
+        tissues = np.stack([labels == k for k in range(3)]).astype(np.float32) * mask
+        noise = np.random.default_rng(seed).normal(0, 0.02, mask.shape)
+        image = (np.array(means)[labels] + noise).astype(np.float32)[None] * mask
+        return labels, image, matched(image, mask, wanted_quantiles(tissues, mask, tables))
+
+    labels, drawn, one = result((0.35, 0.55, 0.8), (3, 7), 1)
+    _, other, two = result((0.2, 0.7, 0.85), (3, 7), 2)
+    apart = wasserstein_distance(drawn[0][mask], other[0][mask])
+    assert wasserstein_distance(one[0][mask], two[0][mask]) < 0.02 * apart
+    for k, mean in enumerate((0.3, 0.6, 0.9)):  # tissues come to their own intensities
+        assert one[0][mask & (labels == k)].mean() == pytest.approx(mean, abs=0.01)
+    assert np.array_equal(one[0][mask].argsort(), drawn[0][mask].argsort())
+    assert not one[:, ~mask].any()
+    more, _, third = result((0.35, 0.55, 0.8), (6, 9), 3)  # a person with more fluid
+    for k, mean in enumerate((0.3, 0.6, 0.9)):
+        assert third[0][mask & (more == k)].mean() == pytest.approx(mean, abs=0.01)
+    none = np.zeros((3, *mask.shape), np.float32)
+    assert wanted_quantiles(none, mask, tables) == wanted_quantiles(none + 1, mask, None) == []
+    assert np.array_equal(matched(drawn, mask, []), drawn)
 
 
 def networks(channels=1, sites=2, **kwargs):
@@ -450,6 +504,29 @@ def test_the_stride_is_an_option(fitted):
     assert made.harmonize(scan, seed=0).details["stride_voxels"] == 16, "no gaps between cubes"
 
 
+def test_matching_is_an_option_and_older_bundles_go_without(fitted):
+    scan = contrast_brains.scan(20, "b")
+    made = DeepNormalize.from_state(fitted.arrays(), fitted.params())
+    done = made.harmonize(scan, seed=0)
+    made.take_options({"match": 0.0})
+    drawn = made.harmonize(scan, seed=0)
+    images, mask = stacked([scan])
+    part = made._parts["T1w"]
+    expected, tissues = normalized_brain(part.networks, images, mask, 16)
+    assert np.array_equal(drawn.data, expected[0])
+    assert np.array_equal(drawn.tissues, tissues)
+    assert np.array_equal(done.tissues, tissues)
+    by = np.abs(done.data - drawn.data)[scan.mask].mean()
+    assert done.details["changed_by_matching"] == pytest.approx(by, abs=1e-4)
+    assert by > 0
+    assert "changed_by_matching" not in drawn.details
+    assert (done.keep_distribution, drawn.keep_distribution) == (True, False)
+    older = {k: v for k, v in fitted.arrays().items() if not k.endswith("appearance")}
+    assert len(older) == len(fitted.arrays()) - 1
+    again = DeepNormalize.from_state(older, fitted.params()).harmonize(scan, seed=0)
+    assert np.array_equal(again.data, drawn.data)
+
+
 def test_what_cannot_be_is_refused(fitted, small):
     scan = contrast_brains.scan(20, "b")
     with pytest.raises(ScanError, match="trained on T1w only; train it on T2w too"):
@@ -602,10 +679,10 @@ def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, bra
     report = (out / "sub-05.html").read_text()
     assert "Segmentation that came with the harmonization" in report
     record = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
-    assert record["MethodOptions"] == {"stride": 16}
+    assert record["MethodOptions"] == {"match": 1, "stride": 16}
     other = call(made.root, out, *scan, "--method-option", "stride=8")
     assert other.code == 64
-    assert "holds scans with --method-option stride=16 under desc-harmonized" in other.err
+    assert "holds scans with --method-option match=1 stride=16 under desc-harmonized" in other.err
     assert record["Reference"] == "common appearance of A, B, units of A"
     assert (
         call(made.root, out, *scan).line("sub-05_T1w").endswith("skipped: done by an earlier run")

@@ -13,7 +13,7 @@ from scipy import fft, ndimage, stats
 from skimage.exposure import match_histograms
 
 from bids_harmony.errors import ScanError
-from bids_harmony.imaging.quantiles import mid_quantiles
+from bids_harmony.imaging.quantiles import distributed, mid_quantiles
 from bids_harmony.imaging.scale import fit_scale
 from bids_harmony.methods import registry
 from bids_harmony.methods.base import Volume
@@ -239,6 +239,19 @@ def test_maps_are_monotone_for_any_intensities(source, target, name):
     assert np.isfinite(result).all()
     for level in np.unique(source)[:5]:
         assert np.unique(result[source == level]).size == 1
+
+
+def test_distributed_values_have_the_quantiles_and_keep_their_order():
+    rng = np.random.default_rng(3)
+    values, wanted = rng.gamma(2.0, size=5000), np.sort(rng.normal(0.5, 0.1, 4001))
+    found = distributed(values, wanted)
+    assert np.array_equal(found.argsort(), values.argsort())
+    levels = np.linspace(0.02, 0.98, 49)
+    reached, asked = np.quantile(found, levels), np.quantile(wanted, levels)
+    np.testing.assert_allclose(reached, asked, atol=1e-3)
+    assert wanted[0] <= found.min() <= found.max() <= wanted[-1]
+    ties = distributed(np.array([1.0, 1.0, 2.0, 2.0]), np.array([0.0, 10.0]))
+    assert ties.tolist() == [2.5, 2.5, 7.5, 7.5]
 
 
 def test_mid_quantiles_equal_hazens():

@@ -16,6 +16,7 @@ from scipy import ndimage
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import (
     brain_values,
+    distributed,
     merge_ties,
     mid_quantiles,
     tail_dense_probabilities,
@@ -103,6 +104,36 @@ def brain_curve(
     gain = y[-1] / x[-1]
     slope = float(np.clip(slope, _END_SLOPE[0] * gain, _END_SLOPE[1] * gain))
     return ToneCurve(tuple(x.tolist()), tuple(y.tolist()), 0.0, slope)
+
+
+def distributed_change(
+    scaled: NDArray[Any],
+    change: NDArray[Any],
+    mask: NDArray[np.bool_],
+    quantiles: NDArray[Any],
+) -> FloatArray:
+    """The change that gives the brain's intensities a distribution; an increasing map decides.
+
+    Interpolation between grids alters the distribution that a method gave, in each scan otherwise.
+
+    Parameters
+    ----------
+    scaled, change, mask
+        As for `apply_change`.
+    quantiles
+        Wanted, at even levels from 0 to 1.
+
+    Raises
+    ------
+    ScanError
+        If shapes differ, the mask is empty or a value is not finite.
+    """
+    _check(scaled, mask, "scaled scan")
+    _check(change, mask, "change")
+    found = np.array(change, dtype=np.float32)
+    before = np.asarray(scaled, dtype=np.float64)[mask]
+    found[mask] = distributed(before + found[mask], quantiles) - before
+    return found
 
 
 def apply_change(

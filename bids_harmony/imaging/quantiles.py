@@ -89,3 +89,20 @@ def merge_ties(x: Float64Array, y: Float64Array) -> tuple[Float64Array, Float64A
     levels, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     mean = np.bincount(inverse, weights=y) / counts
     return levels, np.maximum.accumulate(mean)
+
+
+def distributed(values: NDArray[Any], quantiles: NDArray[Any]) -> Float64Array:
+    """A sample's values mapped so that they are distributed as given; increasing.
+
+    Ties share one rank, those of the mapped values too.
+
+    Parameters
+    ----------
+    values
+        Not empty, finite.
+    quantiles
+        Wanted, at even levels from 0 to 1, non-decreasing.
+    """
+    levels, cumulative = mid_cdf(np.asarray(values, dtype=np.float64))
+    targets = np.interp(cumulative, np.linspace(0.0, 1.0, len(quantiles)), quantiles)
+    return np.interp(values, levels, targets)

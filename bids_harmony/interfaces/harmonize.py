@@ -53,6 +53,7 @@ class _HarmonizeOutput(TimedOutputSpec):
     details = traits.Dict(desc="facts for the sidecar")
     warnings = traits.List(traits.Str, desc="sentences for the report")
     adaptation = traits.Dict(desc="what the method learned from the site or scan")
+    keep_distribution = traits.Bool(desc="the brain's intensities keep it on the raw grid")
     CSF = File(desc="probability of each tissue, from methods that segment")
     GM = File()
     WM = File()
@@ -98,6 +99,7 @@ class Harmonize(TimedInterface):
                 )
             self._results[tissue] = store(share, affine, cwd / f"{tissue}.nii")
         self._results["out_file"] = store(done.data, affine, cwd / "harmonized.nii")
+        self._results["keep_distribution"] = bool(done.keep_distribution)
         self._results["details"] = dict(done.details)
         self._results["warnings"] = [*warnings, *done.warnings]
         self._results["adaptation"] = adaptation

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bids_harmony.imaging.change import apply_change, brain_curve, extend_change
+import numpy as np
+
+from bids_harmony.imaging.change import (
+    apply_change,
+    brain_curve,
+    distributed_change,
+    extend_change,
+)
 from bids_harmony.imaging.conform import conform
 from bids_harmony.imaging.scale import IntensityScale, fit_scale
 from bids_harmony.imaging.tone import ToneCurve, carried, fit_tone
@@ -18,6 +25,7 @@ from bids_harmony.interfaces.base import (
 from bids_harmony.interfaces.files import load, load_mask, sha256, store
 
 _EXTEND_VOXELS = 4.0
+_LEVELS = 1001
 
 
 class _ConformInput(BaseInterfaceInputSpec):
@@ -75,11 +83,13 @@ class _ChangeInput(BaseInterfaceInputSpec):
     after_file = File(exists=True, mandatory=True, desc="harmonized scan on the model's grid")
     mask_file = File(exists=True, mandatory=True, desc="brain mask on the model's grid")
     resampled = traits.Bool(mandatory=True, desc="the change will be interpolated to another grid")
+    keep_distribution = traits.Bool(False, usedefault=True, desc="of the brain's intensities")
 
 
 class _ChangeOutput(TimedOutputSpec):
     out_file = File(desc="change, less the tone curve if there is one, continued outside the mask")
     tone = traits.Dict(desc="tone curve; empty when the change is not interpolated")
+    distribution = traits.List(traits.Float, desc="quantiles to keep; empty when none are")
 
 
 class Change(TimedInterface):
@@ -97,12 +107,16 @@ class Change(TimedInterface):
         after, _ = load(self.inputs.after_file)
         mask = load_mask(self.inputs.mask_file)
         rest, tone = after - before, {}
+        quantiles: list[float] = []
         if self.inputs.resampled:
             curve = fit_tone(before, after, mask)
             rest, tone = after - curve(before), curve.to_dict()
+            if self.inputs.keep_distribution:
+                quantiles = np.quantile(after[mask], np.linspace(0, 1, _LEVELS)).tolist()
         change = extend_change(rest, mask, _EXTEND_VOXELS)
         self._results["out_file"] = store(change, affine, cwd / "change.nii")
         self._results["tone"] = tone
+        self._results["distribution"] = quantiles
 
 
 class _CarryInput(BaseInterfaceInputSpec):
@@ -110,6 +124,7 @@ class _CarryInput(BaseInterfaceInputSpec):
     scaled_file = File(exists=True, mandatory=True, desc="scaled scan on the raw grid")
     change_file = File(exists=True, mandatory=True, desc="change on the raw grid")
     tone = traits.Dict(desc="tone curve that the change comes on top of")
+    distribution = traits.List(traits.Float, desc="quantiles that the brain shall have")
     mask_file = File(exists=True, mandatory=True, desc="brain mask on the raw grid")
     output_scale = traits.Dict(mandatory=True, desc="scale of the reference domain")
 
@@ -131,6 +146,8 @@ class CarryChange(TimedInterface):
         if tone := self._given("tone"):
             change = carried(scaled, change, ToneCurve.from_dict(tone))
         mask = load_mask(self.inputs.mask_file)
+        if wanted := self._given("distribution"):
+            change = distributed_change(scaled, change, mask, np.array(wanted))
         zero = load(self.inputs.conformed_file)[0] == 0
         curve = brain_curve(scaled, scaled + change, mask)
         done = apply_change(scaled, change, mask, curve, keep_head=True, zero=zero)

@@ -134,12 +134,16 @@ class Harmonized:
     tissues
         Probabilities of CSF, grey and white matter, shape (3, X, Y, Z), float32, 0 outside the
         mask; None for a method that segments nothing.
+    keep_distribution
+        Whether the brain's intensities shall be distributed on the raw grid as they are in `data`,
+        by an increasing map; interpolation between grids alters it in each scan otherwise.
     """
 
     data: FloatArray
     details: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     tissues: FloatArray | None = None
+    keep_distribution: bool = False
 
 
 class Method(ABC):

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, preset_named
 from bids_harmony.methods.by_modality import ByModality
-from bids_harmony.methods.deepnormalize_part import Part, fit_part, normalized_brain
+from bids_harmony.methods.deepnormalize_part import (
+    Part,
+    fit_part,
+    matched,
+    normalized_brain,
+    wanted_quantiles,
+)
 from bids_harmony.methods.deepnormalize_training import (
     Preset,
     labelled_brain,
@@ -33,10 +39,10 @@ _TOO_BRIGHT = 0.01  # of the brain above what the generator can draw: worth a wa
 
 _CPU = Preset(
     resolution=2.0,
-    widths=(8, 16, 32),
+    widths=(16, 32, 64),
     side=32,
     batch=6,
-    plan=Plan(1200, 2e-3, every=100, patience=10, half=False, weight_decay=1e-5),
+    plan=Plan(1200, 2e-3, every=100, patience=10, weight_decay=1e-5),
     judge_rate=2e-4,
 )
 _PAPER = Preset(
@@ -64,14 +70,14 @@ class DeepNormalize(ByModality[Part]):
     common: ClassVar[bool] = True
     segments: ClassVar[bool] = True
     train_options: ClassVar[Mapping[str, float]] = {"lambda": 1.5, "together": 0.0}
-    participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0}
+    participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0, "match": 1.0}
     presets_by_name: ClassVar[Mapping[str, Preset]] = {"cpu": _CPU, "paper": _PAPER}
     #: Whether brains are standardized and no generator is trained.
     standardizes: ClassVar[bool] = False
 
     def __init__(self, parts: Mapping[str, Part], preset: str) -> None:
         super().__init__(parts, preset)
-        self._stride = int(self.participant_options["stride"])
+        self.take_options({})
 
     @classmethod
     def contract_for(cls, modalities: Sequence[str]) -> Contract:
@@ -154,8 +160,9 @@ class DeepNormalize(ByModality[Part]):
         return standardized(volume) if cls.standardizes else volume
 
     def take_options(self, options: Mapping[str, float]) -> None:
-        """Harmonize with this ``stride`` between cubes, in voxels, from now on."""
-        self._stride = round(options.get("stride", self.participant_options["stride"]))
+        """Harmonize with this ``stride`` between cubes (voxels), and `matched` or not."""
+        values = {**self.participant_options, **options}
+        self._stride, self._match = round(values["stride"]), bool(values.get("match"))
 
     def harmonize(self, volume: Volume, *, seed: int) -> Harmonized:
         """Give `volume` the common appearance, and segment it; nothing is drawn at random.
@@ -178,8 +185,11 @@ class DeepNormalize(ByModality[Part]):
         warnings = [text for _, texts in found for text in texts]
         others = [v.name for v in volumes if v is not volume]
         stride = min(max(self._stride, 1), part.networks.side)
-        normalized, tissues = normalized_brain(part.networks, images, mask, stride)
+        drawn, tissues = normalized_brain(part.networks, images, mask, stride)
         inside = mask.numpy()
+        wanted = wanted_quantiles(tissues, inside, part.appearance if self._match else None)
+        normalized = matched(drawn, inside, wanted)
+        by_matching = float(np.abs(normalized - drawn)[own][inside].mean())
         brain = np.asarray(volume.mask, dtype=bool)
         # what is brain in this scan alone stays as it is
         before = np.where(brain, np.maximum(volume.data, 0), 0).astype(np.float32)
@@ -204,9 +214,10 @@ class DeepNormalize(ByModality[Part]):
             **({"together_with": others} if others else {}),
             **{k: v for k, v in part.scores.items() if k == "appearance_of"},
             "mean_absolute_change": round(float(np.abs(data - before)[inside].mean()), 4),
+            **({"changed_by_matching": round(by_matching, 4)} if wanted else {}),
             "tissue_shares": {k: round(float(v), 4) for k, v in zip(TISSUES, shares, strict=True)},
         }
-        return Harmonized(data, details, tuple(warnings), tissues)
+        return Harmonized(data, details, tuple(warnings), tissues, keep_distribution=bool(wanted))
 
     def _part(self, volume: Volume) -> Part:
         """That of the volume's modality, alone or among others."""
@@ -226,6 +237,7 @@ class PreProcessor(DeepNormalize):
 
     name: ClassVar[str] = "preprocessor"
     train_options: ClassVar[Mapping[str, float]] = {"together": 0.0}
+    participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0}
 
 
 class Standardization(DeepNormalize):
@@ -233,4 +245,5 @@ class Standardization(DeepNormalize):
 
     name: ClassVar[str] = "standardization"
     train_options: ClassVar[Mapping[str, float]] = {"together": 0.0}
+    participant_options: ClassVar[Mapping[str, float]] = {"stride": 16.0}
     standardizes: ClassVar[bool] = True

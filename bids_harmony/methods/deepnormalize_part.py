@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bids_harmony.imaging.quantiles import Float64Array, distributed
+from bids_harmony.imaging.tissue_mixture import mixture_quantiles
 from bids_harmony.imaging.tissues import TISSUES, dice
 from bids_harmony.methods.base import Training
 from bids_harmony.methods.deepnormalize_training import (
@@ -55,6 +57,9 @@ class Part:
         Mean and deviation of each tissue's share of a training brain, (3, 2).
     scores
         Held-out scores and facts of the training.
+    appearance
+        Quantiles of each tissue in the common appearance, (modalities, 3, 257); None if there is
+        none to come to.
     """
 
     networks: NormalizerNetworks
@@ -62,6 +67,7 @@ class Part:
     likeness: tuple[Likeness, ...]
     shares: NDArray[np.float64]
     scores: Mapping[str, Any]
+    appearance: NDArray[np.float32] | None = None
 
     def to(self, device: str) -> None:
         """Move the networks."""
@@ -91,6 +97,7 @@ class Part:
             **alike,
             **state_arrays(self.networks, "networks"),
             "shares": self.shares,
+            **({} if self.appearance is None else {"appearance": self.appearance}),
         }
 
     def params(self) -> dict[str, Any]:
@@ -115,6 +122,7 @@ class Part:
             tuple(Likeness.from_arrays(arrays_below(arrays, m)) for m in modalities),
             np.array(arrays["shares"], dtype=np.float64),
             params["scores"],
+            np.array(arrays["appearance"], np.float32) if "appearance" in arrays else None,
         )
 
 
@@ -169,6 +177,44 @@ def normalized_brain(
     return whole[0], whole[1]
 
 
+def wanted_quantiles(
+    tissues: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    appearance: NDArray[np.float32] | None,
+) -> list[Float64Array]:
+    """How a brain's intensities shall be distributed, given its own shares of the tissues.
+
+    Parameters
+    ----------
+    tissues, mask
+        As `normalized_brain` has them, (3, X, Y, Z) and (X, Y, Z).
+    appearance
+        As in `Part`.
+
+    Returns
+    -------
+    Quantiles of each modality; empty without an appearance, or if none of its tissues was found.
+    """
+    shares = tissues[:, mask].mean(axis=1)
+    if appearance is None or not shares[np.isfinite(appearance).all(axis=(0, 2))].sum() > 0:
+        return []
+    return [mixture_quantiles(tables, shares) for tables in appearance]
+
+
+def matched(
+    normalized: NDArray[np.float32], mask: NDArray[np.bool_], wanted: Sequence[Float64Array]
+) -> NDArray[np.float32]:
+    """A normalized brain (C, X, Y, Z) with the intensities of `wanted_quantiles`, if any.
+
+    Sites that the generator leaves a little apart are brought together by an increasing map of
+    the whole brain. No step of the paper.
+    """
+    result = normalized.copy()
+    for image, quantiles in zip(result, wanted, strict=False):
+        image[mask] = distributed(image[mask], quantiles)
+    return result
+
+
 def fit_part(
     brains: Sequence[LabelledBrain],
     modalities: tuple[str, ...],
@@ -207,9 +253,12 @@ def fit_part(
     shares = np.array(
         [[float((b.labels[b.mask] == k).float().mean()) for k in TISSUES.values()] for b in learn]
     )
-    results = {
-        b.name: normalized_brain(networks, b.images, b.mask, preset.side // 2) for b in apart
-    }
+    tables = appearance.quantiles.numpy() if appearance else None
+    results = {}
+    for b in apart:
+        drawn, tissues = normalized_brain(networks, b.images, b.mask, preset.side // 2)
+        mask = b.mask.numpy()
+        results[b.name] = matched(drawn, mask, wanted_quantiles(tissues, mask, tables)), tissues
     scores = {
         **site_facts(learn, apart),
         **run_facts(run),
@@ -219,7 +268,7 @@ def fit_part(
     }
     networks.cpu()
     normal = np.stack((shares.mean(0), shares.std(0)), axis=1)
-    part = Part(networks, modalities, alike, normal, scores)
+    part = Part(networks, modalities, alike, normal, scores, tables)
     files = {
         "curves.csv": curves_csv({"normalizer": run}),
         "training.png": training_png({"normalizer": run}),

@@ -18,7 +18,7 @@ from bids_harmony.imaging.tissues import TISSUES
 from bids_harmony.networks.deepnormalize import BRIGHTEST
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
-_LEVELS = 32
+_LEVELS = 257  # even, from the smallest intensity to the largest
 _FEWEST = 200  # voxels of a tissue that say how its intensities are distributed
 
 
@@ -31,7 +31,8 @@ class CommonAppearance:
     site
         Whose scans have them.
     quantiles
-        Shape (channels, 3, 32): CSF, grey and white matter; mean over the site's brains.
+        Shape (channels, 3, 257): CSF, grey and white matter at even levels from 0 to 1, mean over
+        the site's brains; NaN for a tissue with few voxels in all of them.
     """
 
     site: str
@@ -120,16 +121,16 @@ def tissue_distance(
 
 
 def _read(quantiles: Tensor, count: int) -> Tensor:
-    """Quantiles (C, 32) at `count` levels, (C, count), linear in between."""
+    """Quantiles (C, 257) at `count` levels, (C, count), linear in between."""
     levels = (torch.arange(count, device=quantiles.device) + 0.5) / count
-    place = (levels * _LEVELS - 0.5).clamp(0, _LEVELS - 1)
+    place = levels * (_LEVELS - 1)
     below = place.floor().long().clamp(max=_LEVELS - 2)
     return torch.lerp(quantiles[:, below], quantiles[:, below + 1], place - below)
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """Quantiles of each channel (C, N), (C, 32); not a number where there are few values."""
+    """Quantiles of each channel (C, N), (C, 257); not a number where there are few values."""
     if values.shape[1] < _FEWEST:
         return values.new_full((len(values), _LEVELS), float("nan"))
-    levels = (torch.arange(_LEVELS, device=values.device) + 0.5) / _LEVELS
+    levels = torch.linspace(0, 1, _LEVELS, device=values.device)
     return torch.quantile(values.float(), levels, dim=1).T

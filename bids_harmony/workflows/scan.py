@@ -93,8 +93,10 @@ def init_harmonize_wf(
         mem_gb=2 * gigabytes,
     )
     workflow.connect([
-        (harmonize, change, [("out_file", "after_file")]),
-        (change, carry, [("tone", "tone")]),
+        (harmonize, change, [
+            ("out_file", "after_file"), ("keep_distribution", "keep_distribution"),
+        ]),
+        (change, carry, [("tone", "tone"), ("distribution", "distribution")]),
         (inputnode, carry, [
             ("conformed_file", "conformed_file"), ("scaled_file", "scaled_file"),
             ("mask_file", "mask_file"),
