@@ -156,10 +156,7 @@ def test_common_appearance_is_that_of_the_best_separated_site():
     assert found.quantiles.shape == (1, 3, 257)
     expected = np.mean(
         [
-            [
-                np.quantile(b.images[0][b.labels == k], np.linspace(0, 1, 257))
-                for k in (1, 2, 3)
-            ]
+            [np.quantile(b.images[0][b.labels == k], np.linspace(0, 1, 257)) for k in (1, 2, 3)]
             for b in adult
         ],
         axis=0,
@@ -207,7 +204,9 @@ def test_mixture_quantiles_are_those_of_the_pooled_voxels():
     unknown = tables.copy()
     unknown[0] = np.nan
     alone = mixture_quantiles(unknown, [0.5, 0.0, 0.1])
-    np.testing.assert_allclose(np.interp(np.linspace(0, 1, 257), levels, alone), tables[2], atol=2e-3)
+    np.testing.assert_allclose(
+        np.interp(np.linspace(0, 1, 257), levels, alone), tables[2], atol=2e-3
+    )
     with pytest.raises(ScanError, match="no tissue was found"):
         mixture_quantiles(unknown, [1, 0, 0])
 

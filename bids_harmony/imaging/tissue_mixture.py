@@ -37,13 +37,15 @@ def mixture_quantiles(
         If no known tissue has a share.
     """
     tables = np.asarray(tissues, dtype=np.float64)
-    known = np.isfinite(tables).all(axis=1)
-    weights = np.where(known, np.asarray(shares, dtype=np.float64), 0.0)
-    if not weights.sum() > 0:
+    weights = np.asarray(shares, dtype=np.float64)
+    mixed = np.isfinite(tables).all(axis=1) & (weights > 0)
+    if not mixed.any():
         raise ScanError("no tissue was found whose intensities are known")
     levels = np.linspace(0.0, 1.0, tables.shape[1])
-    values = np.unique(tables[known])
+    values = np.unique(tables[mixed])
     total = np.zeros_like(values)
-    for table, weight in zip(tables[known], weights[known], strict=True):
+    for table, weight in zip(tables[mixed], weights[mixed], strict=True):
         total += weight * np.interp(values, *merge_ties(table, levels), left=0.0, right=1.0)
-    return np.interp(np.linspace(0.0, 1.0, _LEVELS), *merge_ties(total / weights.sum(), values))
+    return np.interp(
+        np.linspace(0.0, 1.0, _LEVELS), *merge_ties(total / weights[mixed].sum(), values)
+    )
