@@ -145,6 +145,21 @@ def divergence_of_sites(images: Sequence[Image], masks: Sequence[Mask], bins: in
     return whole - float(stats.entropy(shares, base=2, axis=1).mean())
 
 
+def divergence_within_tissues(
+    images: Sequence[Image], labels: Sequence[NDArray[Any]], bins: int = 256
+) -> float:
+    """Mean over tissues of `divergence_of_sites` of that tissue's voxels, bits.
+
+    What makes whole brains alike by their histograms alone leaves tissues apart.
+    """
+    found = [
+        divergence_of_sites(images, [label == number for label in labels], bins)
+        for number in TISSUES.values()
+        if all((label == number).any() for label in labels)
+    ]
+    return float(np.mean(found)) if found else math.nan
+
+
 def slope_correlation(image: Image, mask: Mask) -> float:
     """Pearson's r of intensity and position along the second axis in the brain."""
     place = np.nonzero(mask)[1]

@@ -126,20 +126,27 @@ def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
         If another table, or another trial, should have made it.
     """
     if not trial.by_example:
-        folder = prep.model(_name(trial.label, to, prep.cohort.reference))
+        label = trial.networks_of or trial.label
+        folder = prep.model(_name(label, to, prep.cohort.reference))
         if not is_bundle(folder):
+            _need_none(trial, folder)
             scans = training_scans(trial, prep.cohort, only="" if trial.of_several_sites else to)
             _train(table, trial, folder, prep, to, scans)
         return folder
     home = _home(trial, prep.cohort)
     networks = prep.model(trial.networks_of or trial.label)
     if not is_bundle(networks):
-        if trial.networks_of:
-            raise MissingInputError(f"{networks} does not exist; try {trial.networks_of} first")
+        _need_none(trial, networks)
         _train(table, trial, networks, prep, home, training_scans(trial, prep.cohort))
     if to != home or trial.one_example:
         networks = _towards(table, trial, networks, to, prep)
     return _adapted(table, trial, networks, to, prep) if trial.adapt_to else networks
+
+
+def _need_none(trial: Trial, networks: Path) -> None:
+    """MissingInputError if the trial takes networks of another, which are not there."""
+    if trial.networks_of:
+        raise MissingInputError(f"{networks} does not exist; try {trial.networks_of} first")
 
 
 def _home(trial: Trial, cohort: Cohort) -> str:

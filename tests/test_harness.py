@@ -348,6 +348,12 @@ def test_divergence_and_slope():
     apart = [np.full((2, 2, 2), k, np.float32) for k in range(3)]
     whole = [np.ones((2, 2, 2), bool)] * 3
     assert scoring.divergence_of_sites(apart, whole) == pytest.approx(np.log2(3))
+    labels = [rng.integers(0, 3, (8, 9, 10)) for _ in range(2)]  # CSF and grey matter alone
+    within = [
+        scoring.divergence_of_sites(images[:2], [known == k for known in labels]) for k in (1, 2)
+    ]
+    assert scoring.divergence_within_tissues(images[:2], labels) == pytest.approx(np.mean(within))
+    assert np.isnan(scoring.divergence_within_tissues(images[:2], [labels[0] * 0] * 2))
     ramp = np.broadcast_to(np.arange(9.0)[None, :, None], (8, 9, 10)).astype(np.float32)
     assert scoring.slope_correlation(3 - ramp, masks[0]) == pytest.approx(-1)
     assert abs(scoring.slope_correlation(images[0], masks[0])) < 0.2
@@ -403,6 +409,26 @@ def test_labels_are_kept_for_the_same_voxels_alone(tmp_path):
     segmented({"image": image * 2}, np.diag((2, 2, 2, 1)), mask, tmp_path)
     segmented({"image": image * 2}, np.eye(4), away < 8, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_trial_with_networks_of_another_is_not_trained(tmp_path):
+    table = module("tables.tissues")
+    own, taken = (
+        t for t in table.TRIALS if t.label in ("deepnormalize-two", "deepnormalize-two-drawn")
+    )
+    assert taken.participant == ("--method-option", "match=0")
+    assert (taken.networks_of, taken.conditions) == (own.label, own.conditions)
+    harness = module("harness")
+    cohort = harness.Cohort(tmp_path, table.REFERENCE, (), ())
+    prep = harness.Prepared(cohort, tmp_path, harness.Settings(tmp_path))
+    errors = importlib.import_module("bids_harmony.errors")
+    with pytest.raises(errors.MissingInputError, match="try deepnormalize-two first"):
+        module("trials").model_for(table.Tissues(), taken, table.REFERENCE, prep)
+    there = prep.model("deepnormalize-two")
+    there.mkdir(parents=True)
+    (there / "model.json").write_text("{}")
+    (there / "weights.safetensors").write_bytes(b"")
+    assert module("trials").model_for(table.Tissues(), taken, table.REFERENCE, prep) == there
 
 
 def test_real_tissues_compares_with_each_sites_own_labels(monkeypatch, tmp_path):

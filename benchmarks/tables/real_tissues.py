@@ -21,6 +21,7 @@ from benchmarks.tables.tissues import (
     UNBIASED,
     Tissues,
     as_good_as,
+    drawn,
 )
 from benchmarks.trials import Trial, scans_of
 from bids_harmony.bids.scan import Scan
@@ -42,9 +43,10 @@ TESTED = 3  # of each
 BOTH = f"{LABELLED} and {OTHER}"
 _ATROPOS = "atropos"
 
-TRIALS = tuple(
+_TRAINED = tuple(
     Trial(f"{method}-real", method, ("--preset", "cpu"), neural=True) for method in METHODS
 )
+TRIALS = (*_TRAINED, drawn(_TRAINED[-1]))
 
 
 class RealTissues(Tissues):
@@ -60,8 +62,8 @@ class RealTissues(Tissues):
         "is a pair of people, one of each site (intervals: over pairs). Dice and mean Hausdorff "
         "distance (MHD) are means over both scans, against each site's own labels; the "
         "Jensen-Shannon divergence (JSD, bits) is between two people, so that some of it is "
-        "anatomy. Bias and discriminator as in `tissues`. The paper's data are other scans, with "
-        "labels by hand."
+        "anatomy. JSD within tissues, `-drawn`, bias and discriminator as in `tissues`. The "
+        "paper's data are other scans, with labels by hand."
     )
     trials: ClassVar[tuple[str, ...]] = ("none", *(trial.label for trial in TRIALS))
     goals: ClassVar[tuple[Goal, ...]] = (

@@ -15,7 +15,11 @@ from scipy import ndimage
 
 from benchmarks.goals import Goal
 from benchmarks.harness import Case, Cohort, Column, Prepared, read
-from benchmarks.scoring import divergence_of_sites, slope_correlation
+from benchmarks.scoring import (
+    divergence_of_sites,
+    divergence_within_tissues,
+    slope_correlation,
+)
 from benchmarks.tables.travelling import RESOLUTION, Travelling, truth_file
 from benchmarks.trials import Trial, scans_of
 from benchmarks.view import View
@@ -56,19 +60,27 @@ def as_good_as(preprocessor: str, condition: str) -> Goal:
     return Goal(words, "dice", -0.003, above=preprocessor, conditions=(condition,))
 
 
+def drawn(of: Trial) -> Trial:
+    """The trial without the map that follows its generator."""
+    return replace(of, label=f"{of.label}-drawn", participant=_DRAWN, networks_of=of.label)
+
+
 def _trial(label: str, method: str, condition: str, *more: str) -> Trial:
     sites = (REFERENCE, OTHER) if condition == UNSEEN else SCANNED[condition]
     return Trial(label, method, (*_CPU, *more), neural=True, sites=sites, conditions=(condition,))
 
 
 METHODS = ("standardization", "preprocessor", "deepnormalize")
+_DRAWN = ("--method-option", "match=0")
 TRIALS = (
     *(_trial(f"{method}-two", method, TWO) for method in METHODS),
+    drawn(_trial("deepnormalize-two", "deepnormalize", TWO)),
     _trial("deepnormalize-two-together", "deepnormalize", TWO, "--modality", "T1w", "T2w",
            "--method-option", "together=1"),
     _trial("deepnormalize-two-lambda-01", "deepnormalize", TWO, "--method-option", "lambda=0.1"),
     _trial("deepnormalize-two-lambda-5", "deepnormalize", TWO, "--method-option", "lambda=5"),
     *(_trial(f"{method}-three", method, THREE) for method in METHODS),
+    drawn(_trial("deepnormalize-three", "deepnormalize", THREE)),
     *(_trial(f"{method}-unseen", method, UNSEEN) for method in METHODS),
 )  # fmt: skip
 
@@ -93,7 +105,10 @@ class Tissues(Travelling):
         f"against the true one, mean over the person's scans. `-two`: trained on {REFERENCE} and "
         f"{INFANTS}; `-three`: on all sites; `-unseen`: on {REFERENCE} and {OTHER}, tested on "
         "infants. JSD: Jensen-Shannon divergence (bits) of the intensities of the person's scans "
-        "at the sites, before and after, and its ratio. Bias: correlation of intensity with the "
+        "at the sites, before and after, and its ratio; within tissues: mean of those of each "
+        "true tissue's voxels, which no map of a whole brain's intensities brings to 0. "
+        "`-drawn`: what the generator draws, without the map that follows it (its bias and "
+        "discriminator are those with it). Bias: correlation of intensity with the "
         "position along y after the field of equation 7 (slope in the heading) was multiplied to "
         "the preprocessed scan (whole brain, along the scan's own axes), and after that was "
         "normalized; its ratio at a slope of 0.5; none where a scan was refused. "
@@ -110,6 +125,9 @@ class Tissues(Travelling):
         Column("jsd_before", "JSD before", "", 3, "lower"),
         Column("jsd", "JSD after", "", 3, "lower"),
         Column("jsd_ratio", "JSD after / before", "", 3, "lower"),
+        Column("jsd_tissues_before", "JSD within tissues, before", "", 3, "lower", shown=False),
+        Column("jsd_tissues", "JSD within tissues, after", "", 3, "lower", shown=False),
+        Column("jsd_tissues_ratio", "JSD within tissues, after / before", "", 3, "lower"),
         Column("bias_in_0", "bias, none", "", 3, "lower", shown=False),
         *(Column(f"bias_{when}_{a:g}", f"bias {a:g}, {words}", "", 3, "lower", shown=a == 0.5)
           for a in SLOPES for when, words in (("in", "degraded"), ("out", "normalized"))),
@@ -166,6 +184,16 @@ class Tissues(Travelling):
         scores = dict.fromkeys((column.name for column in self.columns), math.nan)
         if len(case.scans) > 1:
             scores |= {"jsd_before": before, "jsd": after, "jsd_ratio": after / before}
+            known = [
+                np.where(mask, self._labels_of(scan, prep)[0], 0)
+                for mask, scan in zip(masks, case.scans, strict=True)
+            ]
+            before, after = (
+                divergence_within_tissues([image(s) for s in case.scans], known)
+                for image in (prep.scaled, result)
+            )
+            scores |= {"jsd_tissues_before": before, "jsd_tissues": after}
+            scores["jsd_tissues_ratio"] = after / before
         if result.bundle is None or result.dseg is None:
             return scores
         rows = [_segmentation(result.dseg(s), *self._labels_of(s, prep)) for s in case.scans]
