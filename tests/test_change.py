@@ -1,5 +1,6 @@
 """The change comes to the raw grid without halo, seam or lost zero."""
 
+import nibabel as nb
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from bids_harmony.imaging.change import (
     extend_change,
 )
 from bids_harmony.imaging.tone import ToneCurve
+from bids_harmony.interfaces.image import CarryChange, Change
 
 
 def head_phantom(shape=(56, 64, 52), noise=0.01):
@@ -202,6 +204,37 @@ def test_a_distribution_is_given_to_the_brain_alone():
     change[mask] = np.nan
     with pytest.raises(ScanError, match="change holds NaN"):
         distributed_change(data, change, mask, wanted)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_nodes_keep_a_distribution_where_it_is_asked_for(tmp_path, keep):
+    data, mask = head_phantom()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    drawn = np.where(mask, ndimage.gaussian_filter(data, 1) ** 2, 0).astype(np.float32)
+
+    def file(name, values):
+        nb.Nifti1Image(values, affine).to_filename(tmp_path / name)
+        return str(tmp_path / name)
+
+    stripped, brain = file("in.nii", data * mask), file("mask.nii", mask.astype(np.uint8))
+    made = Change(
+        before_file=stripped, after_file=file("drawn.nii", drawn), mask_file=brain,
+        resampled=True, keep_distribution=keep,
+    ).run(cwd=tmp_path).outputs  # fmt: skip
+    assert len(made.distribution) == (1001 if keep else 0)
+    rest = nb.load(made.out_file).get_fdata(dtype=np.float32)
+    blurred = file("rest.nii", ndimage.gaussian_filter(rest, 1.5))  # as interpolation blurs it
+    scan = file("scan.nii", data)
+    done = CarryChange(
+        conformed_file=scan, scaled_file=scan, change_file=blurred, tone=made.tone,
+        distribution=made.distribution, mask_file=brain,
+        output_scale={"kind": "robust", "low": 0.0, "high": 500.0},
+    ).run(cwd=tmp_path).outputs  # fmt: skip
+    found = nb.load(done.scaled_file).get_fdata()[mask]
+    levels = np.linspace(0, 1, 101)
+    apart = np.abs(np.quantile(found, levels) - np.quantile(drawn[mask], levels)).max()
+    assert apart < 1e-3 if keep else apart > 0.02
+    assert np.allclose(nb.load(done.out_file).get_fdata()[mask], 500 * found, rtol=1e-4)
 
 
 def test_errors():

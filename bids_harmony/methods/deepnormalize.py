@@ -11,7 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from bids_harmony.imaging.tissues import TISSUES
-from bids_harmony.methods.base import Contract, Harmonized, Training, Volume, preset_named
+from bids_harmony.methods.base import (
+    Contract,
+    FloatArray,
+    Harmonized,
+    Training,
+    Volume,
+    preset_named,
+)
 from bids_harmony.methods.by_modality import ByModality
 from bids_harmony.methods.deepnormalize_part import (
     Part,
@@ -182,7 +189,6 @@ class DeepNormalize(ByModality[Part]):
             known.admit(image, mask, v.spacing, name=v.name or name, modality=v.modality)
             for known, image, v in zip(part.likeness, images, volumes, strict=True)
         ]
-        warnings = [text for _, texts in found for text in texts]
         others = [v.name for v in volumes if v is not volume]
         stride = min(max(self._stride, 1), part.networks.side)
         drawn, tissues = normalized_brain(part.networks, images, mask, stride)
@@ -194,19 +200,11 @@ class DeepNormalize(ByModality[Part]):
         # what is brain in this scan alone stays as it is
         before = np.where(brain, np.maximum(volume.data, 0), 0).astype(np.float32)
         data = np.where(inside, normalized[own], before)
-        bright = float((images[own].numpy()[inside] > BRIGHTEST).mean())
-        if bright > _TOO_BRIGHT:
-            warnings.append(
-                f"{bright:.0%} of the brain is brighter than what the generator can draw "
-                f"({BRIGHTEST:g} of the scale) and was darkened to that."
-            )
-        common = float(inside.sum() / brain.sum())
-        if common < _IN_COMMON:
-            warnings.append(
-                f"Only {common:.0%} of the brain lies in the brain masks of the session's other "
-                "scans too; the rest was left as it is."
-            )
-        warnings += part.odd_shares(tissues, inside)
+        warnings = [
+            *(text for _, texts in found for text in texts),
+            *_doubts(images[own].numpy()[inside], float(inside.sum() / brain.sum())),
+            *part.odd_shares(tissues, inside),
+        ]
         shares = tissues[:, inside].mean(axis=1)
         details = {
             "stride_voxels": stride,
@@ -227,6 +225,23 @@ class DeepNormalize(ByModality[Part]):
     @classmethod
     def _part_from(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Part:
         return Part.from_state(arrays, params)
+
+
+def _doubts(values: FloatArray, common: float) -> list[str]:
+    """Sentences on a brain's values that cannot be drawn, and on how much of it all scans show."""
+    found = []
+    bright = float((values > BRIGHTEST).mean())
+    if bright > _TOO_BRIGHT:
+        found.append(
+            f"{bright:.0%} of the brain is brighter than what the generator can draw "
+            f"({BRIGHTEST:g} of the scale) and was darkened to that."
+        )
+    if common < _IN_COMMON:
+        found.append(
+            f"Only {common:.0%} of the brain lies in the brain masks of the session's other "
+            "scans too; the rest was left as it is."
+        )
+    return found
 
 
 class PreProcessor(DeepNormalize):
