@@ -16,8 +16,8 @@ from bids_harmony.training.tissue_cubes import TissueBatch
 WEIGHTS = (0.22, 0.30, 0.20, 0.28)
 _LEAST = 1.0  # voxels: epsilon of equation 1
 _BINS = 64
-#: Weights for each unit of lambda.
-_APPEARANCE, _BIAS = 6.0, 2.0
+#: Weights for each unit of lambda; more of any costs the segmentation.
+_DECEPTION, _APPEARANCE, _BIAS = 0.1, 0.4, 0.15
 
 
 def segmentation_loss(found: Tensor, labels: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ def normalizer_loss(
 ) -> Tensor:
     """Segmentation loss of normalized cubes, and `strength` (lambda) times how unlike they are.
 
-    That is `deception`; six times the `tissue_distance` from the common appearance, of cubes
-    without a bias field; and twice the `difference_of_biased` from what the rest lead to.
+    That is `deception`, times .1; the `tissue_distance` from the common appearance, of cubes
+    without a bias field, times .4; and the `difference_of_biased`, times .15.
     Deception alone is satisfied by the identity, which leaves each scan the look of its own site.
     Without discriminator and `appearance` the segmentation loss alone counts.
     """
@@ -96,7 +96,7 @@ def normalizer_loss(
     drawn = networks.normalize(batch.shown, batch.mask)
     loss = segmentation_loss(networks.segment(drawn), batch.labels)
     clean = (batch.shown == batch.clean).flatten(1).all(1)
-    unlike = deception(networks.discriminator(drawn))
+    unlike = _DECEPTION * deception(networks.discriminator(drawn))
     unlike = unlike + _APPEARANCE * tissue_distance(
         drawn[clean], batch.labels[clean], batch.sites[clean], appearance
     )
