@@ -211,6 +211,20 @@ def test_summary_counts_and_links(fragment):
     assert html.index(">sub-01_FLAIR</a>") < html.index(">sub-01_ses-1_T1w</a>")
 
 
+def test_a_scan_with_two_outputs_counts_once(fragment):
+    again = page.render_failure("sub-01_ses-1_T1w", "no memory", desc="other")
+    html = full_page(fragment, again)
+    assert "1 of 1 scan harmonized." in html
+    named = page.summary_row(fragment).desc
+    assert named
+    assert f"<td>desc-{named}</td>" in html
+    assert "<td>desc-other</td>" in html
+    older = fragment.replace(f' data-desc="{named}"', "")
+    assert older != fragment
+    assert page.summary_row(older).desc == ""
+    assert "<td>n/a</td>" in full_page(older)
+
+
 def test_worse_is_said_in_words(fragment):
     table = re.search(r'<caption class="hidden">Metrics before.*?</table>', fragment, re.S)[0]
     assert re.search(r'class="worse"><th scope="row">contrast.*?</span> worse</span>', table)

@@ -34,6 +34,7 @@ class SummaryRow:
 
     anchor: str
     stem: str
+    desc: str
     status: str
     method: str
     site: str
@@ -217,6 +218,7 @@ def summary_row(fragment: str) -> SummaryRow:
         return SummaryRow(
             got["id"],
             got["data-stem"],
+            got.get("data-desc", ""),  # fragments of older versions do not say
             got["data-status"],
             got["data-method"],
             got["data-site"],
