@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -268,7 +269,15 @@ def harmonized(
     def dseg(scan: Scan) -> FloatArray:
         return prep.read(derivative_path(prep.out_dir, scan, desc=desc, suffix="dseg"))
 
-    return View(image, dseg, bundle)
+    return View(image, dseg, bundle, options_of(trial.participant))
+
+
+def options_of(words: Sequence[str]) -> dict[str, float]:
+    """Values given with `--method-option` among words of a command line, each once."""
+    pairs = [
+        value.split("=") for word, value in itertools.pairwise(words) if word == "--method-option"
+    ]
+    return {name: float(value) for name, value in pairs}
 
 
 def forget_models(models: Path, labels: Iterable[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,14 @@ class View:
         Tissue labels that came with the harmonization.
     bundle
         Model that made them; None for untouched scans.
+    options
+        Values of the method's own options that they were made with, beside the defaults.
     """
 
     image: Callable[[Scan], FloatArray]
     dseg: Callable[[Scan], FloatArray] | None = None
     bundle: Path | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, scan: Scan) -> FloatArray:
         """Harmonized, or untouched, scan."""

@@ -11,6 +11,7 @@ from scipy import ndimage
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.change import (
     apply_change,
+    blur_to,
     brain_curve,
     distributed_change,
     extend_change,
@@ -206,6 +207,29 @@ def test_a_distribution_is_given_to_the_brain_alone():
         distributed_change(data, change, mask, wanted)
 
 
+def test_finer_voxels_keep_their_noise():
+    """Three tissues; on the grid nearly without noise, on the raw grid with much of it."""
+    rng = np.random.default_rng(4)
+    tissue = np.digitize(np.arange(48), (12, 30))[:, None, None] * np.ones((48, 40, 40), int)
+    mask = np.ones(tissue.shape, dtype=bool)
+    mask[:, 0] = False
+    clean = np.array([0.3, 0.6, 0.9])[tissue]
+    noise = rng.normal(0, 0.12, tissue.shape)
+    scaled = (0.8 * clean + 0.1 + noise).astype(np.float32)
+    blur = blur_to((1.0, 1.0, 1.0), 4.0)
+    assert blur == pytest.approx([np.sqrt(15) / 2.3548] * 3, abs=1e-4)
+    assert blur_to((2.0, 3.0, 1.0), 2.0)[:2] == (0, 0)
+    smooth = ndimage.gaussian_filter(noise, blur)
+    quantiles = np.quantile((clean + smooth)[mask], np.linspace(0, 1, 1001))
+    none = np.zeros_like(scaled)
+    found = scaled + distributed_change(scaled, none, mask, quantiles, blur)
+    inner = mask & (ndimage.maximum_filter(tissue, 9) == ndimage.minimum_filter(tissue, 9))
+    for number, mean in enumerate((0.3, 0.6, 0.9)):
+        assert found[inner & (tissue == number)].mean() == pytest.approx(mean, abs=0.02)
+    squeezed = scaled + distributed_change(scaled, none, mask, quantiles)
+    assert squeezed[inner & (tissue == 0)].mean() > 0.33, "what the blur is for"
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_nodes_keep_a_distribution_where_it_is_asked_for(tmp_path, keep):
     data, mask = head_phantom()
@@ -222,12 +246,13 @@ def test_nodes_keep_a_distribution_where_it_is_asked_for(tmp_path, keep):
         resampled=True, keep_distribution=keep,
     ).run(cwd=tmp_path).outputs  # fmt: skip
     assert len(made.distribution) == (1001 if keep else 0)
+    assert made.spacing == 2
     rest = nb.load(made.out_file).get_fdata(dtype=np.float32)
     blurred = file("rest.nii", ndimage.gaussian_filter(rest, 1.5))  # as interpolation blurs it
     scan = file("scan.nii", data)
     done = CarryChange(
         conformed_file=scan, scaled_file=scan, change_file=blurred, tone=made.tone,
-        distribution=made.distribution, mask_file=brain,
+        distribution=made.distribution, distribution_mm=made.spacing, mask_file=brain,
         output_scale={"kind": "robust", "low": 0.0, "high": 500.0},
     ).run(cwd=tmp_path).outputs  # fmt: skip
     found = nb.load(done.scaled_file).get_fdata()[mask]

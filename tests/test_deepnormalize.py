@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ import contrast_brains  # noqa: E402
 from contrast_brains import labelled  # noqa: E402
 
 from bids_harmony.errors import ScanError, UsageError  # noqa: E402
+from bids_harmony.imaging import tissue_mixture  # noqa: E402
 from bids_harmony.imaging.tissue_mixture import mixture_quantiles  # noqa: E402
 from bids_harmony.imaging.tissues import TISSUES  # noqa: E402
 from bids_harmony.interfaces.files import load  # noqa: E402
@@ -153,7 +155,8 @@ def test_common_appearance_is_that_of_the_best_separated_site():
     adult = [brain_of("z", (0.3, 0.6, 0.9), seed=k) for k in (3, 4)]
     found = CommonAppearance.of([*isointense, *adult])
     assert found.site == "z"
-    assert found.quantiles.shape == (1, 3, 257)
+    assert found.quantiles.shape == (1, 4, 257)
+    assert bool(found.quantiles[:, 0].isnan().all()), "no brain without a label"
     expected = np.mean(
         [
             [np.quantile(b.images[0][b.labels == k], np.linspace(0, 1, 257)) for k in (1, 2, 3)]
@@ -161,7 +164,11 @@ def test_common_appearance_is_that_of_the_best_separated_site():
         ],
         axis=0,
     )
-    np.testing.assert_allclose(found.quantiles[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found.quantiles[0, 1:], expected, atol=1e-5)
+    few = [replace(b, labels=torch.where(b.labels == 1, 0, b.labels)) for b in adult]
+    unlabelled = CommonAppearance.of(few).quantiles[0]
+    np.testing.assert_allclose(unlabelled[0], found.quantiles[0, 1], atol=1e-5)
+    assert bool(unlabelled[1].isnan().all())
 
 
 def test_tissue_distance_against_scipy():
@@ -203,42 +210,64 @@ def test_mixture_quantiles_are_those_of_the_pooled_voxels():
     assert np.all(np.diff(found) >= 0)
     unknown = tables.copy()
     unknown[0] = np.nan
-    alone = mixture_quantiles(unknown, [0.5, 0.0, 0.1])
+    alone = mixture_quantiles(unknown, [0.01, 5e-4, 0.9895])
     np.testing.assert_allclose(
         np.interp(np.linspace(0, 1, 257), levels, alone), tables[2], atol=2e-3
     )
-    with pytest.raises(ScanError, match="no tissue was found"):
-        mixture_quantiles(unknown, [1, 0, 0])
+    with pytest.raises(ScanError, match="of 20% of the brain no intensities are known"):
+        mixture_quantiles(unknown, [1, 2, 2])
+    with pytest.raises(ScanError, match="of 100% of the brain"):
+        mixture_quantiles(tables, [0, 0, 0])
+
+
+def drawn_brain(means, cuts, seed):
+    """A person's brain at a site: classes 0 (no label) to 3 in slabs, mask, shares of tissues."""
+    mask = np.ones((20, 20, 20), dtype=bool)
+    mask[0, 0] = False
+    classes = np.digitize(np.arange(20), cuts)[:, None, None] * np.ones(mask.shape, int)
+    tissues = np.stack([classes == k for k in (1, 2, 3)]).astype(np.float32) * mask
+    noise = np.random.default_rng(seed).normal(0, 0.02, mask.shape)
+    image = (np.array(means)[classes] + noise).astype(np.float32)[None] * mask
+    return classes, mask, tissues, image
 
 
 def test_matching_gives_sites_one_distribution_and_people_their_own_shares():
-    known = brain_of("z", (0.3, 0.6, 0.9), seed=1)
+    means = (0.2, 0.4, 0.6, 0.9)
+    classes, mask, _, image = drawn_brain(means, (2, 6, 13), 1)
+    known = LabelledBrain(
+        torch.from_numpy(image), torch.from_numpy(mask),
+        torch.from_numpy(classes.astype(np.uint8)), "z", "01", "scan",
+    )  # fmt: skip
     tables = CommonAppearance.of([known]).quantiles.numpy()
-    mask = np.ones((12, 12, 12), dtype=bool)
-    mask[0, 0] = False
 
-    def result(means, cuts, seed):
-        """A person's brain, tissues in slabs, as the networks left it at a site."""
-        labels = np.digitize(np.arange(12), cuts)[:, None, None] * np.ones((12, 12, 12), int)
-        tissues = np.stack([labels == k for k in range(3)]).astype(np.float32) * mask
-        noise = np.random.default_rng(seed).normal(0, 0.02, mask.shape)
-        image = (np.array(means)[labels] + noise).astype(np.float32)[None] * mask
-        return labels, image, matched(image, mask, wanted_quantiles(tissues, mask, tables))
+    def result(seen, cuts, seed):
+        classes, mask, tissues, image = drawn_brain(seen, cuts, seed)
+        wanted, reason = wanted_quantiles(tissues, mask, tables)
+        assert reason == ""
+        return classes, image, matched(image, mask, wanted)
 
-    labels, drawn, one = result((0.35, 0.55, 0.8), (3, 7), 1)
-    _, other, two = result((0.2, 0.7, 0.85), (3, 7), 2)
+    classes, drawn, one = result((0.1, 0.35, 0.55, 0.8), (2, 6, 13), 1)
+    _, other, two = result((0.15, 0.25, 0.7, 0.85), (2, 6, 13), 2)
     apart = wasserstein_distance(drawn[0][mask], other[0][mask])
     assert wasserstein_distance(one[0][mask], two[0][mask]) < 0.02 * apart
-    for k, mean in enumerate((0.3, 0.6, 0.9)):  # tissues come to their own intensities
-        assert one[0][mask & (labels == k)].mean() == pytest.approx(mean, abs=0.01)
+    for k, mean in enumerate(means):  # brain without a label comes to its own intensities too
+        assert one[0][mask & (classes == k)].mean() == pytest.approx(mean, abs=0.01)
     assert np.array_equal(one[0][mask].argsort(), drawn[0][mask].argsort())
     assert not one[:, ~mask].any()
-    more, _, third = result((0.35, 0.55, 0.8), (6, 9), 3)  # a person with more fluid
-    for k, mean in enumerate((0.3, 0.6, 0.9)):
+    more, _, third = result((0.1, 0.35, 0.55, 0.8), (4, 11, 16), 3)  # a person with more fluid
+    for k, mean in enumerate(means):
         assert third[0][mask & (more == k)].mean() == pytest.approx(mean, abs=0.01)
-    none = np.zeros((3, *mask.shape), np.float32)
-    assert wanted_quantiles(none, mask, tables) == wanted_quantiles(none + 1, mask, None) == []
-    assert np.array_equal(matched(drawn, mask, []), drawn)
+
+
+def test_a_brain_of_which_the_appearance_knows_too_little_stays_as_drawn():
+    _, mask, tissues, image = drawn_brain((0.2, 0.4, 0.6, 0.9), (2, 6, 13), 1)
+    tables = np.linspace(0, 1, 257, dtype=np.float32)[None, None].repeat(4, axis=1)
+    assert len(wanted_quantiles(tissues, mask, tables)[0]) == 1
+    tables[:, 0] = np.nan
+    wanted, reason = wanted_quantiles(tissues, mask, tables)
+    assert (wanted, reason) == ([], "of 10% of the brain no intensities are known")
+    assert wanted_quantiles(tissues, mask, None) == ([], "")
+    assert np.array_equal(matched(image, mask, wanted), image)
 
 
 def networks(channels=1, sites=2, **kwargs):
@@ -505,8 +534,17 @@ def test_the_stride_is_an_option(fitted):
 
 def test_matching_is_an_option_and_older_bundles_go_without(fitted):
     scan = contrast_brains.scan(20, "b")
-    made = DeepNormalize.from_state(fitted.arrays(), fitted.params())
+    arrays = dict(fitted.arrays())
+    untrained = DeepNormalize.from_state(arrays, fitted.params()).harmonize(scan, seed=0)
+    told = [w for w in untrained.warnings if w.startswith("The brain is as drawn")]
+    assert re.search(r"of \d\d% of the brain no intensities are known", *told)
+    assert "changed_by_matching" not in untrained.details
+    (key,) = (k for k in arrays if k.endswith("appearance"))
+    arrays[key] = arrays[key].copy()
+    arrays[key][:, 0] = arrays[key][:, 1]  # so much of it is taken for no tissue
+    made = DeepNormalize.from_state(arrays, fitted.params())
     done = made.harmonize(scan, seed=0)
+    assert not [w for w in done.warnings if w.startswith("The brain is as drawn")]
     made.take_options({"match": 0.0})
     drawn = made.harmonize(scan, seed=0)
     images, mask = stacked([scan])
@@ -520,8 +558,7 @@ def test_matching_is_an_option_and_older_bundles_go_without(fitted):
     assert by > 0
     assert "changed_by_matching" not in drawn.details
     assert (done.keep_distribution, drawn.keep_distribution) == (True, False)
-    older = {k: v for k, v in fitted.arrays().items() if not k.endswith("appearance")}
-    assert len(older) == len(fitted.arrays()) - 1
+    older = {k: v for k, v in arrays.items() if k != key}
     again = DeepNormalize.from_state(older, fitted.params()).harmonize(scan, seed=0)
     assert np.array_equal(again.data, drawn.data)
 
@@ -640,7 +677,9 @@ def cohort(tmp_path_factory, brains):
     return made, folder
 
 
-def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, brains):
+def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, brains, monkeypatch):
+    # so short a training finds no tissue in much of the brain
+    monkeypatch.setattr(tissue_mixture, "_LEAST_KNOWN", 0.1)
     made, folder = cohort
     out = folder / "out"
     options = quick(folder / "work", folder / "theirs")
@@ -679,6 +718,16 @@ def test_from_labels_in_derivatives_to_tissues_in_derivatives(cohort, small, bra
     assert "Segmentation that came with the harmonization" in report
     record = json.loads((anat / "sub-05_desc-harmonized_T1w.json").read_text())["Harmonization"]
     assert record["MethodOptions"] == {"match": 1, "stride": 16}
+    facts = record["Details"]
+    assert facts["keep_distribution"]
+    assert "change carried to the raw grid, the brain&#39;s histogram kept" in report
+    tables = bundle.method._parts["T1w"].appearance[0]
+    shares = [facts["tissue_shares"][t] for t in TISSUES]
+    wanted = tissue_mixture.mixture_quantiles(tables, [1 - sum(shares), *shares])
+    scaled = bundle.output_scale["T1w"].apply(image)[brain]
+    levels = np.linspace(0.05, 0.95, 19)
+    asked = np.interp(levels, np.linspace(0, 1, 1001), wanted)
+    assert np.quantile(scaled, levels) == pytest.approx(asked, abs=0.01)
     other = call(made.root, out, *scan, "--method-option", "stride=8")
     assert other.code == 64
     assert "holds scans with --method-option match=1 stride=16 under desc-harmonized" in other.err

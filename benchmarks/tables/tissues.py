@@ -27,7 +27,7 @@ from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import to_model_grid
 from bids_harmony.imaging.tissues import TISSUES, dice
-from bids_harmony.methods.base import Method, Volume
+from bids_harmony.methods.base import Method, NeuralMethod, Volume
 from bids_harmony.methods.bundle import load_bundle
 from bids_harmony.metrics.tissue import mean_hausdorff
 from bids_harmony.phantom.dataset import TRUTH
@@ -62,7 +62,8 @@ def as_good_as(preprocessor: str, condition: str) -> Goal:
 
 def drawn(of: Trial) -> Trial:
     """The trial without the map that follows its generator."""
-    return replace(of, label=f"{of.label}-drawn", participant=_DRAWN, networks_of=of.label)
+    words = (*of.participant, *_DRAWN)
+    return replace(of, label=f"{of.label}-drawn", participant=words, networks_of=of.label)
 
 
 def _trial(label: str, method: str, condition: str, *more: str) -> Trial:
@@ -106,9 +107,9 @@ class Tissues(Travelling):
         f"{INFANTS}; `-three`: on all sites; `-unseen`: on {REFERENCE} and {OTHER}, tested on "
         "infants. JSD: Jensen-Shannon divergence (bits) of the intensities of the person's scans "
         "at the sites, before and after, and its ratio; within tissues: mean of those of each "
-        "true tissue's voxels, which no map of a whole brain's intensities brings to 0. "
-        "`-drawn`: what the generator draws, without the map that follows it (its bias and "
-        "discriminator are those with it). Bias: correlation of intensity with the "
+        "true tissue's voxels; a brain-wide map alone brings the former to 0, seldom the latter. "
+        "`-drawn`: what the generator draws, without the map that follows it (the discriminator "
+        "never sees that map). Bias: correlation of intensity with the "
         "position along y after the field of equation 7 (slope in the heading) was multiplied to "
         "the preprocessed scan (whole brain, along the scan's own axes), and after that was "
         "normalized; its ratio at a slope of 0.5; none where a scan was refused. "
@@ -199,6 +200,8 @@ class Tissues(Travelling):
         rows = [_segmentation(result.dseg(s), *self._labels_of(s, prep)) for s in case.scans]
         scores |= {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
         method = load_bundle(result.bundle).method
+        if isinstance(method, NeuralMethod):
+            method.take_options(result.options)
         return scores | _judged(method) | _bias(case, method, prep)
 
     def _brain_of(self, scan: Scan, prep: Prepared) -> NDArray[np.bool_]:

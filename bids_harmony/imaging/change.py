@@ -7,6 +7,8 @@ that has the anatomy's edges (see `tone`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from scipy import ndimage
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import (
     brain_values,
-    distributed,
     merge_ties,
     mid_quantiles,
     tail_dense_probabilities,
@@ -111,17 +112,22 @@ def distributed_change(
     change: NDArray[Any],
     mask: NDArray[np.bool_],
     quantiles: NDArray[Any],
+    blur_vox: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> FloatArray:
-    """The change that gives the brain's intensities a distribution; an increasing map decides.
+    """The change that gives the brain the histogram of the grid that it was made on.
 
-    Interpolation between grids alters the distribution that a method gave, in each scan otherwise.
+    Interpolation alters the histogram, in each scan otherwise. An increasing map mends that. It is
+    read off the brain as blurred as that grid shows it, so that finer voxels keep their noise and
+    their tissues come to the intensities that these have there.
 
     Parameters
     ----------
     scaled, change, mask
         As for `apply_change`.
     quantiles
-        Wanted, at even levels from 0 to 1.
+        Of the brain on the other grid, at even levels from 0 to 1.
+    blur_vox
+        Standard deviation of the blur along each axis, voxels.
 
     Raises
     ------
@@ -130,10 +136,25 @@ def distributed_change(
     """
     _check(scaled, mask, "scaled scan")
     _check(change, mask, "change")
-    found = np.array(change, dtype=np.float32)
-    before = np.asarray(scaled, dtype=np.float64)[mask]
-    found[mask] = distributed(before + found[mask], quantiles) - before
+    found, box = np.array(change, dtype=np.float32), _box(mask, 0)
+    after = np.where(mask[box], np.asarray(scaled, np.float64)[box] + found[box], 0.0)
+    inside = mask[box]
+    blurred = ndimage.gaussian_filter(after, blur_vox)[inside]
+    blurred /= ndimage.gaussian_filter(inside.astype(np.float64), blur_vox)[inside]
+    levels = np.linspace(0.0, 1.0, len(quantiles))
+    x, y = merge_ties(np.quantile(blurred, levels), np.asarray(quantiles, dtype=np.float64))
+    curve = ToneCurve(tuple(x.tolist()), tuple(y.tolist()), 1.0, 1.0)
+    found[mask] = curve(after[inside]) - np.asarray(scaled, np.float32)[mask]
     return found
+
+
+def blur_to(spacing: Sequence[float], other: float) -> tuple[float, ...]:
+    """Standard deviation (voxels) of a blur from one voxel size to another (mm), along each axis.
+
+    Voxels are taken for Gaussians of their width at half maximum; 0 where they are no smaller.
+    """
+    wide = 2 * math.sqrt(2 * math.log(2))
+    return tuple(math.sqrt(max(other**2 - z**2, 0.0)) / wide / z for z in spacing)
 
 
 def apply_change(

@@ -100,7 +100,8 @@ class Harmonize(TimedInterface):
             self._results[tissue] = store(share, affine, cwd / f"{tissue}.nii")
         self._results["out_file"] = store(done.data, affine, cwd / "harmonized.nii")
         self._results["keep_distribution"] = bool(done.keep_distribution)
-        self._results["details"] = dict(done.details)
+        kept = {"keep_distribution": True} if done.keep_distribution else {}
+        self._results["details"] = {**done.details, **kept}
         self._results["warnings"] = [*warnings, *done.warnings]
         self._results["adaptation"] = adaptation
 

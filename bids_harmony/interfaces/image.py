@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nb
 import numpy as np
 
 from bids_harmony.imaging.change import (
     apply_change,
+    blur_to,
     brain_curve,
     distributed_change,
     extend_change,
@@ -90,6 +92,7 @@ class _ChangeOutput(TimedOutputSpec):
     out_file = File(desc="change, less the tone curve if there is one, continued outside the mask")
     tone = traits.Dict(desc="tone curve; empty when the change is not interpolated")
     distribution = traits.List(traits.Float, desc="quantiles to keep; empty when none are")
+    spacing = traits.Float(desc="voxel size of the model's grid in mm")
 
 
 class Change(TimedInterface):
@@ -117,6 +120,7 @@ class Change(TimedInterface):
         self._results["out_file"] = store(change, affine, cwd / "change.nii")
         self._results["tone"] = tone
         self._results["distribution"] = quantiles
+        self._results["spacing"] = float(nb.affines.voxel_sizes(affine).mean())
 
 
 class _CarryInput(BaseInterfaceInputSpec):
@@ -125,6 +129,7 @@ class _CarryInput(BaseInterfaceInputSpec):
     change_file = File(exists=True, mandatory=True, desc="change on the raw grid")
     tone = traits.Dict(desc="tone curve that the change comes on top of")
     distribution = traits.List(traits.Float, desc="quantiles that the brain shall have")
+    distribution_mm = traits.Float(desc="voxel size at which it shall have them")
     mask_file = File(exists=True, mandatory=True, desc="brain mask on the raw grid")
     output_scale = traits.Dict(mandatory=True, desc="scale of the reference domain")
 
@@ -147,7 +152,8 @@ class CarryChange(TimedInterface):
             change = carried(scaled, change, ToneCurve.from_dict(tone))
         mask = load_mask(self.inputs.mask_file)
         if wanted := self._given("distribution"):
-            change = distributed_change(scaled, change, mask, np.array(wanted))
+            blur = blur_to(nb.affines.voxel_sizes(affine), self.inputs.distribution_mm)
+            change = distributed_change(scaled, change, mask, np.array(wanted), blur)
         zero = load(self.inputs.conformed_file)[0] == 0
         curve = brain_curve(scaled, scaled + change, mask)
         done = apply_change(scaled, change, mask, curve, keep_head=True, zero=zero)

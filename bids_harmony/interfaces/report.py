@@ -242,9 +242,10 @@ class ReportScan(TimedInterface):
     def _steps(self) -> list[Step]:
         record, seconds = self.inputs.record, self._given("seconds_by_step") or {}
         bias = record["BiasField"]
-        adapted = record.get("Adaptation", {"scope": "none"})
+        adapted, details = record.get("Adaptation", {"scope": "none"}), record.get("Details", {})
         to = {"site": f", adapted to the site {adapted.get('site')}",
               "scan": ", adapted to this scan"}.get(adapted["scope"], "")  # fmt: skip
+        kept = ", the brain's histogram kept" if details.get("keep_distribution") else ""
         rows = (
             ("conform", "; ".join(record["Conform"]) or "nothing to mend", "nibabel"),
             ("mask", f"brain mask: {record['BrainMask']}", ""),
@@ -252,7 +253,7 @@ class ReportScan(TimedInterface):
             ("registration", record["Registration"], "antspyx"),
             ("scale", f"{record['InputScale']['kind']} intensity scale", "bids_harmony"),
             ("harmonize", f"{record['Method']} to {record['Reference']}{to}", record["ModelName"]),
-            ("carry", "change carried to the raw grid", "bids_harmony"),
+            ("carry", f"change carried to the raw grid{kept}", "bids_harmony"),
         )
         return [
             Step(

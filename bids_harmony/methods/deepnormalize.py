@@ -69,7 +69,7 @@ class DeepNormalize(ByModality[Part]):
     ``lambda``) weighs appearance and discriminator. With the option ``together`` all modalities
     of a session are normalized and segmented at once.
 
-    Departures from the paper: see `normalizer_losses`, `CommonAppearance`,
+    Departures from the paper: see `normalizer_losses`, `CommonAppearance`, `matched`,
     `NormalizerNetworks.normalize` and `train_normalizer`; bias fields lie along any axis.
     """
 
@@ -193,7 +193,8 @@ class DeepNormalize(ByModality[Part]):
         stride = min(max(self._stride, 1), part.networks.side)
         drawn, tissues = normalized_brain(part.networks, images, mask, stride)
         inside = mask.numpy()
-        wanted = wanted_quantiles(tissues, inside, part.appearance if self._match else None)
+        appearance = part.appearance if self._match else None
+        wanted, reason = wanted_quantiles(tissues, inside, appearance)
         normalized = matched(drawn, inside, wanted)
         by_matching = float(np.abs(normalized - drawn)[own][inside].mean())
         brain = np.asarray(volume.mask, dtype=bool)
@@ -204,6 +205,7 @@ class DeepNormalize(ByModality[Part]):
             *(text for _, texts in found for text in texts),
             *_doubts(images[own].numpy()[inside], float(inside.sum() / brain.sum())),
             *part.odd_shares(tissues, inside),
+            *([f"The brain is as drawn, without the map that follows: {reason}."] * bool(reason)),
         ]
         shares = tissues[:, inside].mean(axis=1)
         details = {
@@ -234,7 +236,7 @@ def _doubts(values: FloatArray, common: float) -> list[str]:
     if bright > _TOO_BRIGHT:
         found.append(
             f"{bright:.0%} of the brain is brighter than what the generator can draw "
-            f"({BRIGHTEST:g} of the scale) and was darkened to that."
+            f"({BRIGHTEST:g} of the scale) and was darkened."
         )
     if common < _IN_COMMON:
         found.append(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bids_harmony.errors import ScanError
 from bids_harmony.imaging.quantiles import Float64Array, distributed
 from bids_harmony.imaging.tissue_mixture import mixture_quantiles
 from bids_harmony.imaging.tissues import TISSUES, dice
@@ -58,8 +59,8 @@ class Part:
     scores
         Held-out scores and facts of the training.
     appearance
-        Quantiles of each tissue in the common appearance, (modalities, 3, 257); None if there is
-        none to come to.
+        Quantiles of brain without a label and of each tissue in the common appearance,
+        (modalities, 4, 257); None if there is none to come to.
     """
 
     networks: NormalizerNetworks
@@ -87,7 +88,7 @@ class Part:
         ]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Weights, likeness and shares."""
+        """Weights, likeness, shares and appearance."""
         alike = {
             f"{m}/{key}": value
             for m, known in zip(self.modalities, self.likeness, strict=True)
@@ -181,8 +182,8 @@ def wanted_quantiles(
     tissues: NDArray[np.float32],
     mask: NDArray[np.bool_],
     appearance: NDArray[np.float32] | None,
-) -> list[Float64Array]:
-    """How a brain's intensities shall be distributed, given its own shares of the tissues.
+) -> tuple[list[Float64Array], str]:
+    """How a brain's intensities shall be distributed, given its own shares of the classes.
 
     Parameters
     ----------
@@ -193,12 +194,18 @@ def wanted_quantiles(
 
     Returns
     -------
-    Quantiles of each modality; empty without an appearance, or if none of its tissues was found.
+    quantiles, reason
+        Of each modality; none without an appearance, or, for a reason, if more than a twentieth
+        of the brain is of classes that it does not know.
     """
+    if appearance is None:
+        return [], ""
     shares = tissues[:, mask].mean(axis=1)
-    if appearance is None or not shares[np.isfinite(appearance).all(axis=(0, 2))].sum() > 0:
-        return []
-    return [mixture_quantiles(tables, shares) for tables in appearance]
+    whole = [max(1 - float(shares.sum()), 0.0), *shares]
+    try:
+        return [mixture_quantiles(tables, whole) for tables in appearance], ""
+    except ScanError as error:
+        return [], str(error)
 
 
 def matched(
@@ -209,8 +216,10 @@ def matched(
     Sites that the generator leaves a little apart are brought together by an increasing map of
     the whole brain. No step of the paper.
     """
+    if not wanted:
+        return normalized
     result = normalized.copy()
-    for image, quantiles in zip(result, wanted, strict=False):
+    for image, quantiles in zip(result, wanted, strict=True):
         image[mask] = distributed(image[mask], quantiles)
     return result
 
@@ -258,7 +267,8 @@ def fit_part(
     for b in apart:
         drawn, tissues = normalized_brain(networks, b.images, b.mask, preset.side // 2)
         mask = b.mask.numpy()
-        results[b.name] = matched(drawn, mask, wanted_quantiles(tissues, mask, tables)), tissues
+        wanted, _ = wanted_quantiles(tissues, mask, tables)
+        results[b.name] = matched(drawn, mask, wanted), tissues
     scores = {
         **site_facts(learn, apart),
         **run_facts(run),

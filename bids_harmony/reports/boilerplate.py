@@ -56,7 +56,8 @@ def methods_text(
         "were brought to a common scale by a linear map whose parameters were kept.\n\n"
         f"Intensities were then harmonized by {title} to the reference domain {reference}."
         f"{_ADAPTED.get(adapt, '')} The change of the brain's intensities was carried back to "
-        "the raw grid, added to the bias-corrected scan, and the result was expressed in the "
+        "the raw grid and added to the bias-corrected scan (where the method asks for it, an "
+        "increasing map kept the brain's histogram), and the result was expressed in the "
         f"reference domain's intensity units. Random seed {fingerprint['Seed']}, "
         f"{fingerprint['Threads']} thread(s) per process."
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.tissues import TISSUES
-from bids_harmony.networks.deepnormalize import BRIGHTEST
+from bids_harmony.networks.deepnormalize import BRIGHTEST, CLASSES
 from bids_harmony.training.tissue_cubes import LabelledBrain
 
 _LEVELS = 257  # even, from the smallest intensity to the largest
@@ -31,8 +31,8 @@ class CommonAppearance:
     site
         Whose scans have them.
     quantiles
-        Shape (channels, 3, 257): CSF, grey and white matter at even levels from 0 to 1, mean over
-        the site's brains; NaN for a tissue with few voxels in all of them.
+        Shape (channels, 4, 257): brain without a label, CSF, grey and white matter at even levels
+        from 0 to 1, mean over the site's brains; NaN for a class with few voxels in all of them.
     """
 
     site: str
@@ -66,12 +66,14 @@ class CommonAppearance:
             )
         found = [
             [
-                _quantiles(brain.images[:, brain.labels == tissue].clamp(0, BRIGHTEST))
-                for tissue in TISSUES.values()
+                _quantiles(
+                    brain.images[:, brain.mask & (brain.labels == number)].clamp(0, BRIGHTEST)
+                )
+                for number in range(CLASSES)
             ]
             for brain in of_site[site]
         ]
-        rows = [torch.stack(tissues, dim=1) for tissues in found]
+        rows = [torch.stack(classes, dim=1) for classes in found]
         return cls(site, torch.stack(rows).nanmean(0))
 
 
@@ -112,11 +114,11 @@ def tissue_distance(
     wanted = appearance.quantiles.to(drawn.device)
     distances = []
     for site in sites.unique():
-        for place, tissue in enumerate(TISSUES.values()):
+        for tissue in TISSUES.values():
             chosen = (labels == tissue) & (sites == site)[:, None, None, None]
-            if int(chosen.sum()) >= _FEWEST and not wanted[:, place].isnan().any():
+            if int(chosen.sum()) >= _FEWEST and not wanted[:, tissue].isnan().any():
                 found = drawn.movedim(1, 0)[:, chosen].sort(dim=1).values
-                distances.append((found - _read(wanted[:, place], found.shape[1])).abs().mean())
+                distances.append((found - _read(wanted[:, tissue], found.shape[1])).abs().mean())
     return torch.stack(distances).mean() if distances else drawn.sum() * 0
 
 

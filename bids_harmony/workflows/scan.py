@@ -96,7 +96,9 @@ def init_harmonize_wf(
         (harmonize, change, [
             ("out_file", "after_file"), ("keep_distribution", "keep_distribution"),
         ]),
-        (change, carry, [("tone", "tone"), ("distribution", "distribution")]),
+        (change, carry, [
+            ("tone", "tone"), ("distribution", "distribution"), ("spacing", "distribution_mm"),
+        ]),
         (inputnode, carry, [
             ("conformed_file", "conformed_file"), ("scaled_file", "scaled_file"),
             ("mask_file", "mask_file"),
