@@ -135,8 +135,8 @@ class Harmonized:
         Probabilities of CSF, grey and white matter, shape (3, X, Y, Z), float32, 0 outside the
         mask; None for a method that segments nothing.
     keep_distribution
-        Whether the brain's intensities shall be distributed on the raw grid as they are in `data`,
-        by an increasing map; interpolation between grids alters it in each scan otherwise.
+        Whether the brain shall have the histogram of `data` on the raw grid too, by an increasing
+        map; interpolation between grids alters it, in each scan otherwise.
     """
 
     data: FloatArray
