@@ -19,6 +19,7 @@ from bids_harmony.bids.write import write_json
 from bids_harmony.config import ADAPTED
 from bids_harmony.errors import MissingInputError, UsageError
 from bids_harmony.methods.bundle import is_bundle, load_bundle
+from bids_harmony.methods.options import options_for
 from bids_harmony.methods.registry import available
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ class Trial:
         """Whether its training needs the scans of other sites beside the reference's."""
         return self.method is not None and available()[self.method].sites_to_train > 1
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Values of the method's own options for harmonizing a scan."""
+        given = [
+            value
+            for word, value in itertools.pairwise(self.participant)
+            if word == "--method-option"
+        ]
+        options = available()[self.method].options if self.method else ()
+        return options_for(str(self.method), options, "participant", given)
+
     def cases(self, cohort: Cohort) -> list[Case]:
         """Those that it is tried with."""
         return [c for c in cohort.cases if not self.conditions or c.condition in self.conditions]
@@ -129,25 +141,25 @@ def model_for(table: Table, trial: Trial, to: str, prep: Prepared) -> Path:
     if not trial.by_example:
         label = trial.networks_of or trial.label
         folder = prep.model(_name(label, to, prep.cohort.reference))
-        if not is_bundle(folder):
-            _need_none(trial, folder)
+        if not _made(trial, folder):
             scans = training_scans(trial, prep.cohort, only="" if trial.of_several_sites else to)
             _train(table, trial, folder, prep, to, scans)
         return folder
     home = _home(trial, prep.cohort)
     networks = prep.model(trial.networks_of or trial.label)
-    if not is_bundle(networks):
-        _need_none(trial, networks)
+    if not _made(trial, networks):
         _train(table, trial, networks, prep, home, training_scans(trial, prep.cohort))
     if to != home or trial.one_example:
         networks = _towards(table, trial, networks, to, prep)
     return _adapted(table, trial, networks, to, prep) if trial.adapt_to else networks
 
 
-def _need_none(trial: Trial, networks: Path) -> None:
-    """MissingInputError if the trial takes networks of another, which are not there."""
-    if trial.networks_of:
+def _made(trial: Trial, networks: Path) -> bool:
+    """Whether they are there; MissingInputError if another trial should have made them."""
+    there = is_bundle(networks)
+    if trial.networks_of and not there:
         raise MissingInputError(f"{networks} does not exist; try {trial.networks_of} first")
+    return there
 
 
 def _home(trial: Trial, cohort: Cohort) -> str:
@@ -269,15 +281,7 @@ def harmonized(
     def dseg(scan: Scan) -> FloatArray:
         return prep.read(derivative_path(prep.out_dir, scan, desc=desc, suffix="dseg"))
 
-    return View(image, dseg, bundle, options_of(trial.participant))
-
-
-def options_of(words: Sequence[str]) -> dict[str, float]:
-    """Values given with `--method-option` among words of a command line, each once."""
-    pairs = [
-        value.split("=") for word, value in itertools.pairwise(words) if word == "--method-option"
-    ]
-    return {name: float(value) for name, value in pairs}
+    return View(image, dseg, bundle, trial.options)
 
 
 def forget_models(models: Path, labels: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ class View:
     bundle
         Model that made them; None for untouched scans.
     options
-        Values of the method's own options that they were made with, beside the defaults.
+        Values of the method's own options that they were made with.
     """
 
     image: Callable[[Scan], FloatArray]

@@ -417,8 +417,8 @@ def test_a_trial_with_networks_of_another_is_not_trained(tmp_path):
         t for t in table.TRIALS if t.label in ("deepnormalize-two", "deepnormalize-two-drawn")
     )
     assert taken.participant == ("--method-option", "match=0")
-    assert module("trials").options_of(taken.participant) == {"match": 0}
-    assert module("trials").options_of(own.participant) == {}
+    assert taken.options == {"match": 0, "stride": 16}
+    assert own.options == {"match": 1, "stride": 16}
     assert (taken.networks_of, taken.conditions) == (own.label, own.conditions)
     harness = module("harness")
     cohort = harness.Cohort(tmp_path, table.REFERENCE, (), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from benchmarks.scoring import (
 )
 from benchmarks.tables.travelling import RESOLUTION, Travelling, truth_file
 from benchmarks.trials import Trial, scans_of
-from benchmarks.view import View
+from benchmarks.view import FloatArray, View
 from bids_harmony.bids.scan import Scan
 from bids_harmony.errors import ScanError
 from bids_harmony.imaging.model_grid import to_model_grid
@@ -177,27 +177,16 @@ class Tissues(Travelling):
 
     def score(self, case: Case, result: View, prep: Prepared) -> dict[str, float]:
         """Segmentation of each scan, distance between the scans, and a bias field's trace."""
-        masks = [self._brain_of(s, prep) for s in case.scans]
-        before, after = (
-            divergence_of_sites([image(s) for s in case.scans], masks)
-            for image in (prep.scaled, result)
-        )
         scores = dict.fromkeys((column.name for column in self.columns), math.nan)
+        known = [self._labels_of(s, prep) for s in case.scans]
         if len(case.scans) > 1:
-            scores |= {"jsd_before": before, "jsd": after, "jsd_ratio": after / before}
-            known = [
-                np.where(mask, self._labels_of(scan, prep)[0], 0)
-                for mask, scan in zip(masks, case.scans, strict=True)
-            ]
-            before, after = (
-                divergence_within_tissues([image(s) for s in case.scans], known)
-                for image in (prep.scaled, result)
-            )
-            scores |= {"jsd_tissues_before": before, "jsd_tissues": after}
-            scores["jsd_tissues_ratio"] = after / before
+            masks = [self._brain_of(s, prep) for s in case.scans]
+            labels = [np.where(m, k, 0) for m, (k, _) in zip(masks, known, strict=True)]
+            before, after = ([image(s) for s in case.scans] for image in (prep.scaled, result))
+            scores |= _divergences(before, after, masks, labels)
         if result.bundle is None or result.dseg is None:
             return scores
-        rows = [_segmentation(result.dseg(s), *self._labels_of(s, prep)) for s in case.scans]
+        rows = [_segmentation(result.dseg(s), *k) for s, k in zip(case.scans, known, strict=True)]
         scores |= {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
         method = load_bundle(result.bundle).method
         if isinstance(method, NeuralMethod):
@@ -212,6 +201,25 @@ class Tissues(Travelling):
         """What the segmentation is compared with (0 to 3), and its affine."""
         known, affine = read(truth_file(prep.cohort.bids_dir, scan, "dseg"))
         return known.round().astype(np.uint8), affine
+
+
+def _divergences(
+    before: Sequence[FloatArray],
+    after: Sequence[FloatArray],
+    masks: Sequence[NDArray[np.bool_]],
+    labels: Sequence[NDArray[Any]],
+) -> dict[str, float]:
+    """How far a person's scans are apart, as whole brains and within tissues."""
+    whole = [divergence_of_sites(images, masks) for images in (before, after)]
+    within = [divergence_within_tissues(images, labels) for images in (before, after)]
+    return {
+        "jsd_before": whole[0],
+        "jsd": whole[1],
+        "jsd_ratio": whole[1] / whole[0],
+        "jsd_tissues_before": within[0],
+        "jsd_tissues": within[1],
+        "jsd_tissues_ratio": within[1] / within[0],
+    }
 
 
 def _segmentation(

@@ -137,8 +137,8 @@ def distributed_change(
     _check(scaled, mask, "scaled scan")
     _check(change, mask, "change")
     found, box = np.array(change, dtype=np.float32), _box(mask, 0)
-    after = np.where(mask[box], np.asarray(scaled, np.float64)[box] + found[box], 0.0)
     inside = mask[box]
+    after = np.where(inside, np.asarray(scaled[box], np.float64) + found[box], 0.0)
     blurred = ndimage.gaussian_filter(after, blur_vox)[inside]
     blurred /= ndimage.gaussian_filter(inside.astype(np.float64), blur_vox)[inside]
     levels = np.linspace(0.0, 1.0, len(quantiles))

@@ -203,9 +203,8 @@ class DeepNormalize(ByModality[Part]):
         data = np.where(inside, normalized[own], before)
         warnings = [
             *(text for _, texts in found for text in texts),
-            *_doubts(images[own].numpy()[inside], float(inside.sum() / brain.sum())),
+            *_doubts(images[own].numpy()[inside], float(inside.sum() / brain.sum()), reason),
             *part.odd_shares(tissues, inside),
-            *([f"The brain is as drawn, without the map that follows: {reason}."] * bool(reason)),
         ]
         shares = tissues[:, inside].mean(axis=1)
         details = {
@@ -229,8 +228,10 @@ class DeepNormalize(ByModality[Part]):
         return Part.from_state(arrays, params)
 
 
-def _doubts(values: FloatArray, common: float) -> list[str]:
-    """Sentences on a brain's values that cannot be drawn, and on how much of it all scans show."""
+def _doubts(values: FloatArray, common: float, unmatched: str) -> list[str]:
+    """Sentences on a brain's values that cannot be drawn, on how much of it all scans show, and
+    on why it is not `matched`.
+    """
     found = []
     bright = float((values > BRIGHTEST).mean())
     if bright > _TOO_BRIGHT:
@@ -243,6 +244,8 @@ def _doubts(values: FloatArray, common: float) -> list[str]:
             f"Only {common:.0%} of the brain lies in the brain masks of the session's other "
             "scans too; the rest was left as it is."
         )
+    if unmatched:
+        found.append(f"The brain is as drawn, without the map that follows: {unmatched}.")
     return found
 
 

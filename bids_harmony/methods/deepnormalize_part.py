@@ -263,12 +263,7 @@ def fit_part(
         [[float((b.labels[b.mask] == k).float().mean()) for k in TISSUES.values()] for b in learn]
     )
     tables = appearance.quantiles.numpy() if appearance else None
-    results = {}
-    for b in apart:
-        drawn, tissues = normalized_brain(networks, b.images, b.mask, preset.side // 2)
-        mask = b.mask.numpy()
-        wanted, _ = wanted_quantiles(tissues, mask, tables)
-        results[b.name] = matched(drawn, mask, wanted), tissues
+    results = {b.name: _result(networks, b, preset.side // 2, tables) for b in apart}
     scores = {
         **site_facts(learn, apart),
         **run_facts(run),
@@ -285,6 +280,19 @@ def fit_part(
         "normalized.png": _picture(apart, results),
     }
     return part, files
+
+
+def _result(
+    networks: NormalizerNetworks,
+    brain: LabelledBrain,
+    stride: int,
+    appearance: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A brain as a scan's harmonization gives it, and its tissues."""
+    drawn, tissues = normalized_brain(networks, brain.images, brain.mask, stride)
+    mask = brain.mask.numpy()
+    wanted, _ = wanted_quantiles(tissues, mask, appearance)
+    return matched(drawn, mask, wanted), tissues
 
 
 def _judged(
