@@ -558,6 +558,8 @@ def test_matching_is_an_option_and_older_bundles_go_without(fitted):
     assert by > 0
     assert "changed_by_matching" not in drawn.details
     assert (done.keep_distribution, drawn.keep_distribution) == (True, False)
+    with pytest.raises(ScanError, match="not 4 classes for each of 1 modalities"):
+        DeepNormalize.from_state({**arrays, key: arrays[key][:, 1:]}, fitted.params())
     older = {k: v for k, v in arrays.items() if k != key}
     again = DeepNormalize.from_state(older, fitted.params()).harmonize(scan, seed=0)
     assert np.array_equal(again.data, drawn.data)

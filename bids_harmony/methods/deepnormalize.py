@@ -198,7 +198,7 @@ class DeepNormalize(ByModality[Part]):
         normalized = matched(drawn, inside, wanted)
         by_matching = float(np.abs(normalized - drawn)[own][inside].mean())
         brain = np.asarray(volume.mask, dtype=bool)
-        # what is brain in this scan alone stays as it is
+        # what is brain in this scan alone is not drawn anew
         before = np.where(brain, np.maximum(volume.data, 0), 0).astype(np.float32)
         data = np.where(inside, normalized[own], before)
         warnings = [
@@ -242,7 +242,7 @@ def _doubts(values: FloatArray, common: float, unmatched: str) -> list[str]:
     if common < _IN_COMMON:
         found.append(
             f"Only {common:.0%} of the brain lies in the brain masks of the session's other "
-            "scans too; the rest was left as it is."
+            "scans too; the rest was left as it is (a map of the whole brain holds for it too)."
         )
     if unmatched:
         found.append(f"The brain is as drawn, without the map that follows: {unmatched}.")

@@ -32,7 +32,7 @@ from bids_harmony.methods.training_files import (
     site_facts,
     training_png,
 )
-from bids_harmony.networks.deepnormalize import NormalizerNetworks
+from bids_harmony.networks.deepnormalize import CLASSES, NormalizerNetworks
 from bids_harmony.training.common_appearance import CommonAppearance
 from bids_harmony.training.normalizer_losses import divergence, histograms
 from bids_harmony.training.tissue_cubes import LabelledBrain
@@ -117,13 +117,19 @@ class Part:
         networks.requires_grad_(False)
         torch.nn.Module.to(networks, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         modalities = tuple(str(m) for m in params["modalities"])
+        appearance = arrays.get("appearance")
+        if appearance is not None and appearance.shape[:2] != (len(modalities), CLASSES):
+            raise ScanError(
+                f"the appearance has shape {appearance.shape}, not {CLASSES} classes for each of "
+                f"{len(modalities)} modalities; train the model again"
+            )
         return cls(
             networks,
             modalities,
             tuple(Likeness.from_arrays(arrays_below(arrays, m)) for m in modalities),
             np.array(arrays["shares"], dtype=np.float64),
             params["scores"],
-            np.array(arrays["appearance"], np.float32) if "appearance" in arrays else None,
+            None if appearance is None else np.array(appearance, dtype=np.float32),
         )
 
 
